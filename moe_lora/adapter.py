@@ -1,0 +1,275 @@
+"""The LoRA mixture-of-experts on a frozen DiT: the wrapped linear, where it sits, and the registry of what trains.
+
+Letters: B clips, G gate rows, E experts, r rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor, nn
+
+from ..kernels.lora_moe import lora_moe_linear
+from .errors import WanmoeError
+from .instruments import SURGICAL, Expert, ExpertSet
+from .routing import Gates, LearnedRouter, RouterConfig, band
+
+if TYPE_CHECKING:
+    from .wan.dit import WanDiT
+
+Part = Literal["base", "experts", "router"]
+PARTS: tuple[Part, ...] = ("base", "experts", "router")
+
+
+class AdapterConfig(BaseModel):
+    """Section `adapter`: the experts, their ranks, and the linears that carry them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    experts: tuple[Expert, ...] = SURGICAL
+    """In the order of the gate columns."""
+    fallback: str | None = None
+    """Expert for prompts without any keyword; none: such clips get the base adapter alone."""
+    rank_q: int = Field(8, ge=1)
+    rank_k: int = Field(4, ge=1)
+    rank_v: int = Field(4, ge=1)
+    rank_o: int = Field(4, ge=1)
+    rank_ffn: int = Field(4, ge=1)
+    """Ranks per projection, the same for the base adapter and for every expert."""
+    blocks: int | tuple[int, ...] = 8
+    """How many of the last blocks are adapted, or which ones."""
+    ffn_blocks: int = Field(3, ge=0)
+    """In how many of the last adapted blocks the feed-forward layer is adapted too."""
+    ffn_layers: tuple[Literal["ffn.0", "ffn.2"], ...] = ("ffn.0",)
+    alpha: float = Field(4.0, gt=0)
+    """Scale of a part is alpha / rank."""
+    rank_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability that a rank is left out of a training forward; the others are scaled by 1 / (1 - p)."""
+    module_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability that a whole linear goes without its adapter in a training forward; scaled likewise."""
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _last_n(cls, value: Any) -> Any:
+        if isinstance(value, str) and (match := re.fullmatch(r"last_(\d+)", value)):
+            return int(match[1])
+        return value
+
+    @property
+    def expert_set(self) -> ExpertSet:
+        return ExpertSet(self.experts, self.fallback)
+
+    def block_indices(self, num_layers: int) -> list[int]:
+        """Indices of the adapted blocks in a model of num_layers, in order."""
+        chosen = range(num_layers - self.blocks, num_layers) if isinstance(self.blocks, int) else self.blocks
+        indices = sorted(set(chosen))
+        if not indices or indices[0] < 0 or indices[-1] >= num_layers:
+            raise WanmoeError(f"adapter.blocks = {self.blocks} does not fit a model of {num_layers} blocks")
+        return indices
+
+    def ranks(self, num_layers: int) -> dict[str, int]:
+        """Rank per adapted linear, by its name in the model, in module order."""
+        indices = self.block_indices(num_layers)
+        ffn = set(indices[len(indices) - min(self.ffn_blocks, len(indices)) :])
+        by_projection = {"q": self.rank_q, "k": self.rank_k, "v": self.rank_v, "o": self.rank_o}
+        ranks: dict[str, int] = {}
+        for index in indices:
+            for attention in ("self_attn", "cross_attn"):
+                for projection, rank in by_projection.items():
+                    ranks[f"blocks.{index}.{attention}.{projection}"] = rank
+            for layer in self.ffn_layers if index in ffn else ():
+                ranks[f"blocks.{index}.{layer}"] = self.rank_ffn
+        return ranks
+
+
+class LoRAMoELinear(nn.Module):
+    """A frozen linear that carries a base LoRA and E expert LoRAs, packed (layout `wanmoe/1`).
+
+    It takes over weight and bias of the linear it replaces, so that checkpoint names stay as they were and the
+    op reads only parameters of its own module, as the hooks of ZeRO-3 need.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, experts: int, config: AdapterConfig) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        d_out, d_in = linear.weight.shape
+        self.scale = config.alpha / rank
+        self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
+        kind: dict[str, Any] = {"device": linear.weight.device, "dtype": torch.float32}
+        self.base_down = nn.Parameter(torch.empty(rank, d_in, **kind))
+        self.base_up = nn.Parameter(torch.zeros(d_out, rank, **kind))
+        self.expert_down = nn.Parameter(torch.empty(experts, rank, d_in, **kind))
+        self.expert_up = nn.Parameter(torch.zeros(experts, d_out, rank, **kind))
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Down projections uniform in +-1/sqrt(d_in) (kaiming with a = sqrt(5)), up projections zero."""
+        for down in (self.base_down, self.expert_down):
+            bound = 1 / math.sqrt(down.shape[-1])
+            values = torch.empty(down.shape).uniform_(-bound, bound, generator=generator)
+            down.data.copy_(values)
+        self.base_up.data.zero_()
+        self.expert_up.data.zero_()
+
+    def forward(self, x: Tensor, gates: Gates | None = None) -> Tensor:
+        """[..., d_in] -> [..., d_out]; without gates the frozen linear alone."""
+        if gates is None:
+            return F.linear(x, self.weight, self.bias)
+        base_up, expert_up = self._drop(self.base_up), self._drop(self.expert_up)
+        return lora_moe_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.base_down,
+            base_up,
+            self.expert_down,
+            expert_up,
+            gates.base,
+            gates.experts,
+            gates.tokens_per_row,
+            scale_base=self.scale,
+            scale_expert=self.scale,
+        )
+
+    def _drop(self, up: Tensor) -> Tensor:
+        """Dropped ranks are dropped columns of the up projection: no extra pass over the tokens."""
+        if not self.training or not (self.rank_dropout or self.module_dropout):
+            return up
+        ranks = F.dropout(torch.ones_like(up[..., :1, :]), self.rank_dropout)
+        whole = F.dropout(torch.ones_like(up[..., :1, :1]), self.module_dropout)
+        return up * ranks * whole
+
+
+class Adapter:
+    """What was attached to a DiT: the one registry that stages, the optimiser, saving and counting use."""
+
+    def __init__(
+        self,
+        dit: WanDiT,
+        config: AdapterConfig,
+        router_config: RouterConfig,
+        modules: dict[str, LoRAMoELinear],
+        router: LearnedRouter | None,
+    ) -> None:
+        self.dit = dit
+        self.config = config
+        self.router_config = router_config
+        self.experts = config.expert_set
+        self.modules = modules
+        self.router = router
+
+    def parameters(self, parts: Iterable[Part] = PARTS) -> dict[str, nn.Parameter]:
+        """Adapter parameters of the given parts by their name in the adapter file."""
+        parts = set(parts)
+        found: dict[str, nn.Parameter] = {}
+        for name, module in self.modules.items():
+            if "base" in parts:
+                found[f"{name}.base_down"], found[f"{name}.base_up"] = module.base_down, module.base_up
+            if "experts" in parts:
+                found[f"{name}.expert_down"], found[f"{name}.expert_up"] = (
+                    module.expert_down,
+                    module.expert_up,
+                )
+        if "router" in parts and self.router is not None:
+            found.update({f"router.{name}": value for name, value in self.router.named_parameters()})
+        return found
+
+    def count(self, parts: Iterable[Part] = PARTS) -> int:
+        """Number of parameters in the given parts."""
+        return sum(_numel(parameter) for parameter in self.parameters(parts).values())
+
+    def train_only(self, parts: Iterable[Part]) -> dict[str, nn.Parameter]:
+        """Freezes the whole model and the adapter but for the given parts; returns those by name."""
+        self.dit.requires_grad_(False)
+        for parameter in self.parameters().values():
+            parameter.requires_grad_(False)
+        chosen = self.parameters(parts)
+        for parameter in chosen.values():
+            parameter.requires_grad_(True)
+        return chosen
+
+    def gates(
+        self,
+        experts: Tensor,
+        t: Tensor,
+        *,
+        tokens: int,
+        alpha_base: float = 1.0,
+        alpha_expert: float = 1.0,
+    ) -> Gates:
+        """Router output -> Gates of a forward: x band(t) x alpha_expert on the experts, alpha_base on the base.
+
+        Args:
+            experts: [B, E] per clip or [B, F, E] per latent frame.
+            t: [B] noise level of each clip.
+            tokens: tokens of one clip; must divide by F for gates per frame.
+        """
+        frames = experts.shape[1] if experts.dim() == 3 else 1
+        if tokens % frames:
+            raise ValueError(f"{tokens} tokens of a clip do not divide among {frames} gate frames")
+        factor = band(t.float(), self.router_config.bands) * alpha_expert
+        rows = experts.reshape(t.shape[0] * frames, -1) * factor.repeat_interleave(frames)[:, None]
+        base = torch.full((rows.shape[0],), alpha_base, device=rows.device, dtype=rows.dtype)
+        return Gates(rows, base, tokens // frames)
+
+
+def attach(
+    dit: WanDiT, config: AdapterConfig | None = None, router: RouterConfig | None = None, *, seed: int = 0
+) -> Adapter:
+    """Puts a fresh adapter on a DiT, in place, and freezes everything else; up projections are zero.
+
+    With gates the model is then bit-equal to the frozen one. Initial values depend on the seed and the name of
+    the linear alone, so every rank gets the same. On the meta device nothing is initialised.
+
+    Raises:
+        WanmoeError: the model has an adapter already, or the configured blocks do not exist.
+    """
+    config, router_config = config or AdapterConfig(), router or RouterConfig()
+    experts = config.expert_set
+    ranks = config.ranks(len(dit.blocks))
+    if any(isinstance(module, LoRAMoELinear) for module in dit.modules()):
+        raise WanmoeError("this model has an adapter already; load the base again before attaching another")
+    dit.requires_grad_(False)
+    modules: dict[str, LoRAMoELinear] = {}
+    for name, rank in ranks.items():
+        parent_name, _, child = name.rpartition(".")
+        parent = dit.get_submodule(parent_name)
+        linear = LoRAMoELinear(parent.get_submodule(child), rank, len(experts), config)  # type: ignore[arg-type]
+        if not linear.base_down.is_meta:
+            linear.reset(_generator(seed, name))
+        setattr(parent, child, linear)
+        modules[name] = linear
+    dit.freeze_prefix(min(config.block_indices(len(dit.blocks))))
+    learned = None
+    if router_config.mode == "learned":
+        learned = LearnedRouter(
+            dit.config.text_dim, len(experts), router_config.hidden_dim, router_config.temperature
+        )
+        learned.to(next(iter(modules.values())).base_down.device)
+        _reset_router(learned, seed)
+    return Adapter(dit, config, router_config, modules, learned)
+
+
+def _reset_router(router: LearnedRouter, seed: int) -> None:
+    for name, parameter in router.named_parameters():
+        if parameter.is_meta:
+            continue
+        fan_in = parameter.shape[-1] if parameter.dim() > 1 else router.hidden.in_features
+        values = torch.empty(parameter.shape).uniform_(-1, 1, generator=_generator(seed, f"router.{name}"))
+        parameter.data.copy_(values / math.sqrt(fan_in))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    # Under ZeRO-3 a partitioned parameter is empty and its true size stands in ds_numel.
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

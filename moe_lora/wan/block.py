@@ -1,0 +1,174 @@
+"""One transformer block of Wan and the layers that it is made of, under the original parameter names.
+
+Letters: B clips, L video tokens, Lc text tokens, D width, N heads, K head width, P = K / 2.
+"Wide" is float32, or float64 for a float64 model: the dtype of norms, modulation and residual sums.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels.attention import attention
+from ..routing import Gates
+from .config import WanConfig
+from .rope import apply_rope
+
+__all__ = ["WanBlock", "WanLinear", "WideLinear", "wide"]
+
+# Rows of a low-precision weight that are widened at once: bounds the temporary to a few hundred MB at 14B.
+_WIDE_ROWS = 5120
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or unchanged when it is float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class WanLinear(nn.Linear):
+    """A linear layer called as `linear(x, gates)`, so that an adapted one can take its place."""
+
+    def forward(self, x: Tensor, gates: Gates | None = None) -> Tensor:
+        """x [..., d_in] in the dtype of the weight; gates are not used."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class WideLinear(nn.Linear):
+    """A linear layer that computes in float32 (float64) whatever the dtype of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d_in] of any dtype to [..., d_out], wide."""
+        x = wide(x)
+        if self.weight.dtype == x.dtype:
+            return F.linear(x, self.weight, self.bias)
+        rows = zip(self.weight.split(_WIDE_ROWS), self.bias.split(_WIDE_ROWS), strict=True)
+        return torch.cat([F.linear(x, w.to(x.dtype), b.to(x.dtype)) for w, b in rows], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the full width, before the heads are split."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D], normalised wide, scaled in its own dtype."""
+        y = wide(x)
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (y.to(x.dtype) * self.weight).to(x.dtype)
+
+
+class WideLayerNorm(nn.LayerNorm):
+    """Layer norm computed wide and left wide."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] of any dtype to [..., D], wide."""
+        x = wide(x)
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class _Attention(nn.Module):
+    """The projections that self- and cross-attention share."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.q = WanLinear(dim, dim)
+        self.k = WanLinear(dim, dim)
+        self.v = WanLinear(dim, dim)
+        self.o = WanLinear(dim, dim)
+        self.norm_q = RMSNorm(dim, config.eps)
+        self.norm_k = RMSNorm(dim, config.eps)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+
+class SelfAttention(_Attention):
+    """Attention of every video token over every video token, with rotary positions."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gates: Gates | None) -> Tensor:
+        """x [B, L, D], cos and sin [L, P] -> [B, L, D]."""
+        q = apply_rope(self._heads(self.norm_q(self.q(x, gates))), cos, sin)
+        k = apply_rope(self._heads(self.norm_k(self.k(x, gates))), cos, sin)
+        v = self._heads(self.v(x, gates))
+        out: Tensor = self.o(attention(q, k, v).flatten(2), gates)
+        return out
+
+
+class CrossAttention(_Attention):
+    """Attention of every video token over every text token, padding included, as Wan was trained."""
+
+    def forward(self, x: Tensor, context: Tensor, gates: Gates | None, context_gates: Gates | None) -> Tensor:
+        """x [B, L, D], context [B, Lc, D] -> [B, L, D]; k and v see text tokens and take their gates."""
+        q = self._heads(self.norm_q(self.q(x, gates)))
+        k = self._heads(self.norm_k(self.k(context, context_gates)))
+        v = self._heads(self.v(context, context_gates))
+        out: Tensor = self.o(attention(q, k, v).flatten(2), gates)
+        return out
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU (tanh), linear; a sequence so that the names stay `ffn.0` and `ffn.2`."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__(
+            WanLinear(config.dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            WanLinear(config.ffn_dim, config.dim),
+        )
+
+    def forward(self, x: Tensor, gates: Gates | None = None) -> Tensor:
+        """x [B, L, D] -> [B, L, D]."""
+        out: Tensor = self[2](self[1](self[0](x, gates)), gates)
+        return out
+
+
+class WanBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, modulated by one time vector per clip.
+
+    The block is the unit that ZeRO-3 gathers and that checkpointing recomputes: nothing inside is called from
+    outside, and nothing is kept between calls. Source: Wan2.2 `wan/modules/model.py`.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        dim, eps = config.dim, config.eps
+        self.norm1 = WideLayerNorm(dim, eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(config)
+        self.norm3 = WideLayerNorm(dim, eps)
+        self.cross_attn = CrossAttention(config)
+        self.norm2 = WideLayerNorm(dim, eps, elementwise_affine=False)
+        self.ffn = FeedForward(config)
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        e0: Tensor,
+        context: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        gates: Gates | None = None,
+        context_gates: Gates | None = None,
+    ) -> Tensor:
+        """x [B, L, D], e0 [B, 6, D] wide, context [B, Lc, D], cos and sin [L, P] -> x in its own dtype.
+
+        `gates` are those of the video tokens, `context_gates` those of the text tokens.
+        """
+        dtype = self.self_attn.q.weight.dtype
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            (wide(self.modulation) + e0).unsqueeze(2).unbind(dim=1)  # each [B, 1, D]
+        )
+        h = (self.norm1(x) * (1 + scale1) + shift1).to(dtype)
+        x = (wide(x) + self.self_attn(h, cos, sin, gates) * gate1).to(x.dtype)
+        h = self.norm3(x).to(dtype)
+        x = (wide(x) + self.cross_attn(h, context, gates, context_gates)).to(x.dtype)
+        h = (self.norm2(x) * (1 + scale2) + shift2).to(dtype)
+        return (wide(x) + self.ffn(h, gates) * gate2).to(x.dtype)

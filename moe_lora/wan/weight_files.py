@@ -1,0 +1,183 @@
+"""Finding weight files and opening them lazily: safetensors, shards with or without an index, torch files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import WanmoeError
+
+__all__ = ["StoredTensor", "Weights", "WeightsError", "open_weights", "weight_files"]
+
+_INDEX = ".safetensors.index.json"
+_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+_SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
+_WRAPPERS = ("state_dict", "model", "module")
+
+
+class WeightsError(WanmoeError):
+    """A weights file that cannot be read, or that does not hold the model it should."""
+
+
+class StoredTensor(NamedTuple):
+    """A tensor that is still on disk (or in the caller's state dict)."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+class Weights(NamedTuple):
+    """The tensors of one model and what its files say about it."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+    """Of the safetensors header."""
+    config: dict[str, Any]
+    """Of the `config.json` beside the file; empty without one."""
+    label: str
+    """The file or folder, as errors name it."""
+
+
+def weight_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files that hold the model at `path`: a file, one of its shards, an index, or a folder of these.
+
+    Raises WeightsError when there is none, when a shard is missing, or when a folder holds several models.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _files_of_folder(path)
+    if not path.exists():
+        raise WeightsError(f"{path}: no such file or folder")
+    if path.name.endswith(_INDEX):
+        return _files_of_index(path)
+    return _shards(path) or [path]
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    found = sorted(folder.glob(f"*{_INDEX}"))
+    if not found:
+        found = sorted(folder.glob("*.safetensors"))
+        sets = {match["stem"] + match["count"] for file in found if (match := _SHARD.match(file.name))}
+        if len(sets) == 1 and all(_SHARD.match(file.name) for file in found):
+            found = found[:1]
+    if not found:
+        found = sorted(file for file in folder.iterdir() if file.suffix in _TORCH_SUFFIXES)
+    if len(found) == 1:
+        return weight_files(found[0])
+    if found:
+        names = ", ".join(file.name for file in found[:8])
+        raise WeightsError(f"{folder}: holds {len(found)} weight files ({names}); name the one to load")
+    inside = sorted({file.parent.name for file in folder.glob("*/*.safetensors")})
+    advice = f"; did you mean one of its folders {', '.join(inside)}?" if inside else ""
+    raise WeightsError(f"{folder}: no .safetensors or .pth file in this folder{advice}")
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{index}: not a shard index: it has no 'weight_map'")
+    return _existing([index.parent / name for name in sorted(set(weight_map.values()))], index)
+
+
+def _shards(file: Path) -> list[Path]:
+    match = _SHARD.match(file.name)
+    if match is None:
+        return []
+    stem, count = match["stem"], match["count"]
+    names = [f"{stem}-{number:05d}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
+    return _existing([file.with_name(name) for name in names], file.parent)
+
+
+def _existing(files: list[Path], source: Path) -> list[Path]:
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        listed = ", ".join(missing[:8])
+        raise WeightsError(f"{source}: {len(missing)} of {len(files)} shards are missing: {listed}")
+    return files
+
+
+def open_weights(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Weights:
+    """Names, shapes and lazy readers of every tensor in `source`, a path or a state dict.
+
+    Raises WeightsError for what is no weights file, is cut short, or names a tensor twice.
+    """
+    if isinstance(source, Mapping):
+        return Weights(_from_mapping(source, "state dict"), {}, {}, "state dict")
+    files = weight_files(source)
+    tensors: dict[str, StoredTensor] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        if file.suffix in _TORCH_SUFFIXES:
+            found = _from_torch(file)
+        else:
+            found, header = _from_safetensors(file)
+            metadata |= header
+        twice = sorted(tensors.keys() & found.keys())
+        if twice:
+            raise WeightsError(f"{file}: tensor {twice[0]} is in another shard too ({len(twice)} such)")
+        tensors |= found
+    config_file = files[0].with_name("config.json")
+    config = _read_json(config_file) if config_file.is_file() else {}
+    return Weights(tensors, metadata, config, str(Path(source)))
+
+
+def _from_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    try:
+        handle = safe_open(str(file), framework="pt")
+        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(
+            f"{file}: not a whole safetensors file ({error}); download or copy it again"
+        ) from error
+
+    def reader(name: str) -> Callable[[], Tensor]:
+        return lambda: handle.get_tensor(name)
+
+    tensors = {name: StoredTensor(shape, reader(name)) for name, shape in shapes.items()}
+    return tensors, handle.metadata() or {}
+
+
+def _from_torch(file: Path) -> dict[str, StoredTensor]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(
+            f"{file}: not a whole torch file of plain tensors ({cause}); convert it to safetensors"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{file}: holds a {type(content).__name__}, not a dict of tensors")
+    for key in _WRAPPERS:
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+    return _from_mapping(content, str(file))
+
+
+def _from_mapping(content: Mapping[str, Any], label: str) -> dict[str, StoredTensor]:
+    other = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if other:
+        raise WeightsError(f"{label}: {other[0]!r} is not a tensor ({len(other)} such entries)")
+
+    def reader(value: Tensor) -> Callable[[], Tensor]:
+        return lambda: value.detach()
+
+    return {name: StoredTensor(tuple(value.shape), reader(value)) for name, value in content.items()}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{file}: not readable JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{file}: expected a JSON object, found a {type(content).__name__}")
+    return content

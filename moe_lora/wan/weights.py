@@ -1,0 +1,277 @@
+"""Reading and writing the weights of a DiT in the layouts that users have.
+
+The original Wan names are ours. ComfyUI puts `model.diffusion_model.` before them; diffusers renames them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import WanConfig
+from .dit import WanDiT
+from .weight_files import StoredTensor, Weights, WeightsError, open_weights, weight_files
+
+__all__ = ["CONFIG_KEY", "WeightsError", "dit_hash", "load_dit", "save_dit", "to_diffusers", "to_original"]
+
+CONFIG_KEY = "wanmoe_config"
+"""Metadata key under which `save_dit` stores the WanConfig as JSON."""
+
+_LISTED = 8
+"""Names of each kind that an error lists."""
+
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "module.")
+
+# Original name -> diffusers name, of the modules outside the blocks and inside one.
+_TOP = {
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+}
+_PROJECTIONS = {
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "o": "to_out.0",
+    "norm_q": "norm_q",
+    "norm_k": "norm_k",
+}
+_BLOCK = {
+    "modulation": "scale_shift_table",
+    "norm3": "norm2",  # the norm before cross-attention; what diffusers calls norm3 has no weights
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    **{f"self_attn.{ours}": f"attn1.{theirs}" for ours, theirs in _PROJECTIONS.items()},
+    **{f"cross_attn.{ours}": f"attn2.{theirs}" for ours, theirs in _PROJECTIONS.items()},
+}
+_TOP_BACK = {theirs: ours for ours, theirs in _TOP.items()}
+_BLOCK_BACK = {theirs: ours for ours, theirs in _BLOCK.items()}
+_BLOCK_NAME = re.compile(r"^blocks\.\d+\.")
+_CLIP_MARKS = (
+    "img_emb.",
+    "k_img",
+    "v_img",
+    "condition_embedder.image_embedder",
+    ".add_k_proj",
+    ".add_v_proj",
+)
+_IMAGE_CHANNELS = 20
+_HEAD_DIM = 128
+_CHUNK = 1 << 24
+"""Bytes hashed at a time."""
+_NAME = re.compile(r"^(?P<block>blocks\.\d+\.)?(?P<stem>.+?)(?P<leaf>\.weight|\.bias)?$")
+
+
+def to_diffusers(name: str) -> str:
+    """The diffusers name of an original parameter name; a name that is not known stays as it is."""
+    return _rename(name, _TOP, _BLOCK)
+
+
+def to_original(name: str) -> str:
+    """The original name of a diffusers parameter name; a name that is not known stays as it is."""
+    return _rename(name, _TOP_BACK, _BLOCK_BACK)
+
+
+def _rename(name: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
+    match = _NAME.match(name)
+    if match is None:
+        return name
+    where, stem, leaf = match["block"] or "", match["stem"], match["leaf"] or ""
+    return where + (block if where else top).get(stem, stem) + leaf
+
+
+def load_dit(
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    config: WanConfig | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> WanDiT:
+    """A frozen WanDiT from a file, a folder of shards, an index or a state dict.
+
+    Names may be original, diffusers' or ComfyUI's. Without `config` the sizes are read from the tensors, and
+    what those do not show (heads, text length, task) from the file's metadata or the `config.json` beside it;
+    heads are dim / 128 if neither says. `dtype=None` keeps the stored dtype. Tensors are read one at a time,
+    so no second copy of the model is held. Raises WeightsError that names the file and lists the keys at
+    fault.
+    """
+    weights = open_weights(source)
+    named = _original_names(weights)
+    if config is None:
+        config = _config_of(named, weights)
+    with torch.device("meta"):
+        dit = WanDiT(config)
+    expected = {name: tuple(p.shape) for name, p in dit.state_dict().items()}
+    _check_keys(expected, named, weights.label)
+    for name in expected:
+        tensor = named[name].read()
+        if dtype is None and (not tensor.is_floating_point() or tensor.itemsize == 1):
+            raise WeightsError(
+                f"{weights.label}: {name} is stored as {tensor.dtype}, which cannot be computed in; "
+                "give a dtype to convert to, e.g. bfloat16"
+            )
+        # A copy even where nothing changes: a mapped file may be replaced under a running job.
+        tensor = tensor.to(device=device, dtype=dtype, copy=True)
+        module, _, leaf = name.rpartition(".")
+        setattr(dit.get_submodule(module), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+    return dit.eval()
+
+
+def save_dit(dit: WanDiT, path: str | os.PathLike[str]) -> None:
+    """Writes the model's own weights, original names, as one safetensors file with its WanConfig as metadata.
+
+    An attached adapter is left out. The file appears whole or not at all; raises WeightsError if it cannot.
+    """
+    path = Path(path)
+    with torch.device("meta"):
+        names = WanDiT(dit.config).state_dict().keys()
+    state = dit.state_dict()
+    tensors = {name: state[name].detach().to("cpu").contiguous() for name in names}
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(asdict(dit.config))}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path}: cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def dit_hash(dit_path: str | os.PathLike[str]) -> str:
+    """sha256 of the weights at a path, as hex: of the file, or of its shards' hashes in the order of names.
+
+    One file gives what `sha256sum file` prints. Raises WeightsError when there is nothing to read.
+    """
+    digests = []
+    for file in sorted(weight_files(dit_path)):
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+        digests.append(digest.hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _original_names(weights: Weights) -> dict[str, StoredTensor]:
+    """The tensors under original names, whichever layout they came in."""
+    named: dict[str, StoredTensor] = {}
+    prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in weights.tensors)), "")
+    stripped = {name.removeprefix(prefix): tensor for name, tensor in weights.tensors.items()}
+    if any(name.startswith("condition_embedder.") for name in stripped):
+        named = {to_original(name): tensor for name, tensor in stripped.items()}
+    else:
+        named = stripped
+    clip = sorted(name for name in named if any(mark in name for mark in _CLIP_MARKS))
+    if clip:
+        raise WeightsError(
+            f"{weights.label}: holds {clip[0]} and {len(clip) - 1} more tensors of CLIP image features: "
+            "a Wan2.1 i2v model, which is not supported yet; use a Wan2.2 i2v model"
+        )
+    return named
+
+
+def _check_keys(
+    expected: Mapping[str, tuple[int, ...]], named: Mapping[str, StoredTensor], label: str
+) -> None:
+    missing = [name for name in expected if name not in named]
+    extra = [name for name in named if name not in expected]
+    wrong = [
+        f"{name} {named[name].shape} (expected {shape})"
+        for name, shape in expected.items()
+        if name in named and named[name].shape != shape
+    ]
+    faults = {"missing": missing, "extra": extra, "misshapen": wrong}
+    if any(faults.values()):
+        listed = "; ".join(
+            f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{', ...' if len(names) > _LISTED else ''}"
+            for kind, names in faults.items()
+            if names
+        )
+        raise WeightsError(f"{label}: does not hold this model ({len(expected)} tensors): {listed}")
+
+
+def _config_of(named: Mapping[str, StoredTensor], weights: Weights) -> WanConfig:
+    """The WanConfig that the file states, or that its shapes and the config.json beside it imply."""
+    if CONFIG_KEY in weights.metadata:
+        return _stated_config(weights.metadata[CONFIG_KEY], weights.label)
+    shape = {name: tensor.shape for name, tensor in named.items()}
+    marks = {
+        "patch_embedding.weight": 5,
+        "text_embedding.0.weight": 2,
+        "time_embedding.0.weight": 2,
+        "blocks.0.ffn.0.weight": 2,
+        "head.head.weight": 2,
+    }
+    absent = [name for name, ndim in marks.items() if len(shape.get(name, ())) != ndim]
+    if absent:
+        found = ", ".join(sorted(shape)[:4]) or "no tensors"
+        raise WeightsError(f"{weights.label}: not a Wan DiT: no {absent[0]}; it holds {found}, ...")
+    dim, in_dim, *patch = shape["patch_embedding.weight"]
+    out_dim = shape["head.head.weight"][0] // math.prod(patch)
+    sizes: dict[str, Any] = {
+        "dim": dim,
+        "ffn_dim": shape["blocks.0.ffn.0.weight"][0],
+        "num_layers": 1 + max(int(name.split(".")[1]) for name in shape if _BLOCK_NAME.match(name)),
+        "in_dim": in_dim,
+        "out_dim": out_dim,
+        "text_dim": shape["text_embedding.0.weight"][1],
+        "freq_dim": shape["time_embedding.0.weight"][1],
+    }
+    if in_dim - out_dim not in (0, _IMAGE_CHANNELS):
+        raise WeightsError(
+            f"{weights.label}: reads {in_dim} channels and predicts {out_dim}: neither t2v (as many) nor "
+            f"i2v ({_IMAGE_CHANNELS} more); this kind of model is not supported"
+        )
+    stated = _read_config_json(weights)
+    for name, size in sizes.items():
+        if stated.get(name, size) != size:
+            raise WeightsError(
+                f"{weights.label}: {name} is {size} in the tensors but {stated[name]} in config.json"
+            )
+    if "num_heads" not in stated and dim % _HEAD_DIM:
+        raise WeightsError(
+            f"{weights.label}: the number of heads is not stated and width {dim} is no multiple of "
+            f"{_HEAD_DIM}; give a config"
+        )
+    shown = {"task": "t2v" if in_dim == out_dim else "i2v", "num_heads": dim // _HEAD_DIM}
+    return WanConfig(**{**shown, **stated, **sizes, "patch_size": tuple(patch)})
+
+
+def _stated_config(text: str, label: str) -> WanConfig:
+    try:
+        stated = json.loads(text)
+        return WanConfig(**{**stated, "patch_size": tuple(stated["patch_size"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise WeightsError(f"{label}: metadata {CONFIG_KEY!r} is not a WanConfig ({error!r})") from error
+
+
+def _read_config_json(weights: Weights) -> dict[str, Any]:
+    """WanConfig fields that a `config.json` states, be it the original's or diffusers'."""
+    raw = weights.config
+    stated = {field.name: raw[field.name] for field in fields(WanConfig) if field.name in raw}
+    renamed = {"num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels"}
+    stated |= {ours: raw[theirs] for ours, theirs in renamed.items() if theirs in raw}
+    heads = stated.get("num_heads")
+    if isinstance(heads, int) and isinstance(raw.get("attention_head_dim"), int):
+        stated["dim"] = heads * raw["attention_head_dim"]
+    if "model_type" in raw:
+        stated["task"] = raw["model_type"]
+    stated.pop("patch_size", None)
+    return stated
