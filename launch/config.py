@@ -1,0 +1,145 @@
+"""One TOML file, typed: read, overridden from the command line, checked once, with errors that name the nearest key."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from ..moe_lora import WanmoeError
+from ..train.config import Section, TrainerConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# Paths in a config file are relative to the file, so that it can be run from anywhere.
+PATH_KEYS = ("model.dit", "model.adapter", "data.shards", "train.run", "launch.hostfile")
+
+
+class LaunchConfig(Section):
+    """Section `launch`: how many processes, and where."""
+
+    ranks: int | None = Field(None, ge=1)
+    """Processes on this machine; default: one per GPU, or 1 without any."""
+    hostfile: Path | None = None
+    """DeepSpeed hostfile (`host slots=N` lines) for several machines."""
+    no_ssh: bool = False
+    """Start only this node's processes; run the command on every node with its own node_rank."""
+    node_rank: int = Field(0, ge=0)
+    master_addr: str = "127.0.0.1"
+    master_port: int = Field(29500, ge=1, le=65535)
+    include: str | None = None
+    """DeepSpeed's --include, e.g. "host1:0,1@host2"."""
+
+
+class Config(TrainerConfig):
+    """A whole config file."""
+
+    launch: LaunchConfig = LaunchConfig()
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a TOML config and lays `--section.key value` overrides over it.
+
+    Raises:
+        WanmoeError: not readable, an unknown key (with the nearest valid one), or a value that does not fit.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise WanmoeError(f"{path}: cannot read the config ({error.strerror})") from error
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise WanmoeError(f"{path}: not valid TOML: {error}") from error
+    resolve_paths(tree, path.parent)
+    apply_overrides(tree, overrides)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str) -> Config:
+    """Validates a nested dict; `source` names it in errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise WanmoeError(f"{source}: {_first_problem(error)}") from error
+
+
+def resolve_paths(tree: dict[str, Any], folder: Path) -> None:
+    """Makes the relative paths of a config file relative to its folder, in place."""
+    for dotted in PATH_KEYS:
+        section, key = dotted.split(".")
+        value = tree.get(section, {}).get(key) if isinstance(tree.get(section), dict) else None
+        if isinstance(value, str):
+            tree[section][key] = str(folder / value)
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Sets `--section.key value` (or `--section.key=value`) in a nested dict; values are read as TOML."""
+    words = list(overrides)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or "." not in word:
+            raise WanmoeError(
+                f"unexpected argument {word!r}; options of the config are given as --section.key value"
+            )
+        key, equals, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if not equals:
+            if not words:
+                raise WanmoeError(f"--{key} needs a value")
+            value = words.pop(0)
+        check_key(key)
+        place = tree
+        *sections, leaf = key.split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = _toml_value(value)
+
+
+def check_key(dotted: str) -> None:
+    """Raises WanmoeError, naming the nearest valid key, unless `section.key` exists."""
+    known = list(valid_keys())
+    if dotted not in known and not dotted.startswith("deepspeed.config."):
+        raise WanmoeError(f"unknown config key {dotted!r}; nearest is {nearest(dotted, known)!r}")
+
+
+def valid_keys() -> list[str]:
+    """Every `section.key` of a config file."""
+    keys = []
+    for section, field in Config.model_fields.items():
+        model = field.annotation
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            keys += [f"{section}.{key}" for key in model.model_fields]
+    return keys
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The known name most like `name`."""
+    return max(known, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = valid_keys() if "." in place else list(Config.model_fields)
+        return f"unknown key {place!r}; nearest is {nearest(place, known)!r}"
+    if problem["type"] == "missing":
+        return f"key {place!r} is missing"
+    value = problem.get("input")
+    shown = "" if isinstance(value, dict) else f" (got {value!r})"
+    return f"{place}: {problem['msg'].removeprefix('Value error, ')}{shown}"

@@ -1,0 +1,61 @@
+"""The same command on a laptop, a GPU box or several nodes: re-runs itself under the deepspeed launcher."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from ..moe_lora import WanmoeError
+from .config import LaunchConfig
+
+
+def under_launcher() -> bool:
+    """Whether this process is a rank that a launcher started."""
+    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch(config: LaunchConfig, arguments: Sequence[str]) -> int:
+    """Runs `wanmoe <arguments>` as the ranks of a DeepSpeed job and returns the exit code of the job."""
+    return subprocess.call(command(config, arguments), env=environment(config))
+
+
+def command(config: LaunchConfig, arguments: Sequence[str]) -> list[str]:
+    """The deepspeed command line of a job."""
+    deepspeed = shutil.which("deepspeed", path=os.path.dirname(sys.executable)) or shutil.which("deepspeed")
+    if deepspeed is None:
+        raise WanmoeError("the deepspeed command is not installed; run: pip install 'deepspeed>=0.19.8'")
+    words = [sys.executable, deepspeed, "--log_level", "error", "--master_port", str(config.master_port)]
+    if config.hostfile is not None:
+        if not config.hostfile.is_file():
+            raise WanmoeError(f"{config.hostfile}: no such hostfile; it holds lines like `host1 slots=8`")
+        words += ["--hostfile", str(config.hostfile), "--master_addr", config.master_addr]
+        if config.no_ssh:
+            words += ["--no_ssh", "--node_rank", str(config.node_rank)]
+        if config.include:
+            words += ["--include", config.include]
+    else:
+        # Without this DeepSpeed would read /job/hostfile if the machine has one.
+        words += ["--hostfile", os.devnull, "--num_gpus", str(local_ranks(config))]
+    return [*words, "--module", "wanmoe.launch", *arguments]
+
+
+def local_ranks(config: LaunchConfig) -> int:
+    """Processes on this machine: as configured, one per GPU, or one."""
+    return config.ranks or max(torch.cuda.device_count(), 1)
+
+
+def environment(config: LaunchConfig) -> dict[str, str]:
+    """The environment of the ranks: DeepSpeed's CPU accelerator where there is no GPU, and cores shared fairly."""
+    env = dict(os.environ)
+    if not torch.cuda.is_available():
+        env.setdefault("DS_ACCELERATOR", "cpu")
+        threads = max((os.cpu_count() or 1) // local_ranks(config), 1)
+        env.setdefault("OMP_NUM_THREADS", str(threads))
+    # ninja, which compiles DeepSpeed's shared-memory collectives at the first start, lies beside the interpreter.
+    env["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), env.get("PATH", "")])
+    return env

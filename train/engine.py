@@ -1,0 +1,206 @@
+"""From a config to a DeepSpeed engine: the module that it shards, its settings, and what they are derived from.
+
+Letters: B clips, C latent channels, F, H, W latent frames, height, width, E experts, D text width.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..moe_lora import Adapter, WanmoeError
+from ..moe_lora.routing import top_k
+from .stages import StageSpec
+
+if TYPE_CHECKING:
+    from ..moe_lora.wan.dit import WanDiT
+    from .config import TrainerConfig
+
+# Below this a NaN on one rank poisons bf16 ZeRO-3, and below 0.19.3 checkpointing fails with frozen parameters.
+DEEPSPEED_FLOOR = (0, 19, 8)
+# One bucket of at most this many gradient elements: DeepSpeed's default of 5e8 allocates 2 GB for any model.
+MAX_BUCKET = 200_000_000
+
+
+class RoutedDiT(nn.Module):
+    """The DiT, and the router where one is learned, as the one module that an engine owns.
+
+    Gates are made inside the forward from its arguments, so that ZeRO-3 gathers the router like any layer and no
+    module holds state between calls.
+    """
+
+    def __init__(self, dit: WanDiT, adapter: Adapter | None, spec: StageSpec) -> None:
+        super().__init__()
+        self.dit = dit
+        self.router = None if adapter is None else adapter.router
+        self.adapter = adapter
+        self.spec = spec
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: list[Tensor],
+        pooled: Tensor,
+        rule: Tensor,
+        image_latent: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(v [B, C, F, H, W], expert gates before band and alpha [B, E]).
+
+        x [B, C, F, H, W] at t [B]; context: text of each clip; pooled [B, D]: its mean, which a learned router
+        reads; rule [B, E]: gates by label.
+        """
+        probs = self.expert_gates(pooled, rule)
+        if self.adapter is None or self.spec.routing == "frozen":
+            return self.dit(x, t, context, None, image_latent), probs
+        kept = top_k(probs, self.adapter.router_config.top_k)
+        return self.dit(
+            x, t, context, self.adapter.gates(kept, t, tokens=self.tokens(x)), image_latent
+        ), probs
+
+    def expert_gates(self, pooled: Tensor, rule: Tensor) -> Tensor:
+        """[B, E]: by label, by the learned router, or all zero where the stage has no experts yet."""
+        if self.spec.routing == "router" and self.router is not None:
+            probs: Tensor = self.router(pooled)
+            return probs
+        return rule if self.spec.routing == "labels" else torch.zeros_like(rule)
+
+    def tokens(self, x: Tensor) -> int:
+        """Tokens of one clip."""
+        p, q, r = self.dit.config.patch_size
+        return (x.shape[2] // p) * (x.shape[3] // q) * (x.shape[4] // r)
+
+
+def check_versions() -> None:
+    """Refuses a DeepSpeed below the floor, with the command that mends it."""
+    found = importlib.metadata.version("deepspeed")
+    if tuple(int(part) for part in found.split("+")[0].split(".")[:3]) < DEEPSPEED_FLOOR:
+        floor = ".".join(map(str, DEEPSPEED_FLOOR))
+        raise WanmoeError(f"deepspeed {found} is too old; run: pip install 'deepspeed>={floor}'")
+
+
+def init_distributed(timeout_minutes: int = 30) -> tuple[int, int, torch.device]:
+    """(rank, world size, device) after joining the process group that the launcher described."""
+    import deepspeed
+
+    # DeepSpeed 0.19 calls collectives under names that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", r".*_tensor` is deprecated", FutureWarning)
+    missing = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
+    if missing:
+        raise WanmoeError(
+            f"{', '.join(missing)} not set: start with `wanmoe train` or the deepspeed launcher"
+        )
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(
+        dist_backend=backend, verbose=False, timeout=datetime.timedelta(minutes=timeout_minutes)
+    )
+    device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def deepspeed_config(
+    config: TrainerConfig, dit: WanDiT, trainable: Mapping[str, nn.Parameter], bf16: bool
+) -> dict[str, Any]:
+    """DeepSpeed's own config, derived from the model; `deepspeed.config` is merged over it."""
+    block = sum(p.numel() for p in dit.blocks[0].parameters())
+    total = sum(p.numel() for p in trainable.values())
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.data.batch,
+        "gradient_accumulation_steps": config.train.accumulation,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {
+            "stage": config.deepspeed.zero,
+            "reduce_bucket_size": min(MAX_BUCKET, max(total, 1)),
+            # One block ahead; every adapter tensor stays resident, the base is sharded.
+            "stage3_prefetch_bucket_size": block,
+            "stage3_max_live_parameters": max(3 * block, 1_000_000),
+            "stage3_param_persistence_threshold": _largest_adapter_tensor(dit),
+        },
+    }
+    return _merge(derived, config.deepspeed.config)
+
+
+def _largest_adapter_tensor(dit: WanDiT) -> int:
+    adapter = [p.numel() for name, p in dit.named_parameters() if name.endswith(("_down", "_up"))]
+    return max(adapter, default=0)
+
+
+def _merge(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+def make_engine(
+    config: TrainerConfig,
+    module: RoutedDiT,
+    trainable: Mapping[str, nn.Parameter],
+    spec: StageSpec,
+    device: torch.device,
+) -> Any:
+    """A DeepSpeed engine over `module` whose optimizer holds exactly `trainable`.
+
+    The learning rate starts at zero: the engine takes an empty step to allocate its state, and that must not
+    decay anything. The loop sets it before every step.
+    """
+    import deepspeed
+    from deepspeed.utils import set_z3_leaf_modules
+
+    from ..moe_lora.wan.block import WanBlock
+
+    check_versions()
+    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
+    if config.deepspeed.zero == 3:
+        set_z3_leaf_modules(module, [WanBlock])
+    router_lr = config.optimizer.router_lr or 1e-4
+    lr = config.optimizer.lr or spec.lr
+    joint = "router" in spec.trains and len(spec.trains) > 1
+    groups = []
+    for is_router, peak in ((False, lr), (True, router_lr if joint else lr)):
+        parameters = [p for name, p in trainable.items() if name.startswith("router.") == is_router]
+        if parameters:
+            groups.append({"params": parameters, "lr": 0.0, "peak_lr": peak})
+    options = config.optimizer
+    optimizer = torch.optim.AdamW(
+        groups, lr=0.0, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
+    )
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=deepspeed_config(config, module.dit, trainable, bf16)
+    )
+    set_step_count(engine, 0)
+    return engine
+
+
+def adam_states(engine: Any) -> list[dict[str, Any]]:
+    """The per-tensor states of the AdamW under the engine."""
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return list(inner.state.values())
+
+
+def set_step_count(engine: Any, step: int) -> None:
+    """The empty step that allocates the moments must not count in the bias correction."""
+    for state in adam_states(engine):
+        if "step" in state:
+            state["step"] = torch.full_like(torch.as_tensor(state["step"], dtype=torch.float32), float(step))
+
+
+def set_lr(engine: Any, factor: float) -> float:
+    """Sets every group to factor x its peak; returns the first group's rate."""
+    groups = engine.optimizer.param_groups
+    for group in groups:
+        group["lr"] = factor * group["peak_lr"]
+    return float(groups[0]["lr"])

@@ -1,0 +1,499 @@
+"""One training run of one stage on one rank: batch, noise, gates, forward, loss, backward, guard, step, log, save."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import tomli_w
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from ..moe_lora import Adapter, WanmoeError, attach, load_adapter, save_adapter
+from ..moe_lora.routing import teacher_kl
+from ..moe_lora.wan.config import WanConfig
+from ..moe_lora.wan.dit import WanDiT
+from ..moe_lora.wan.weights import dit_hash, load_dit, save_dit
+from . import checkpoint
+from .batch import Batch, LabelGates, TrainBatches
+from .config import TrainerConfig
+from .engine import RoutedDiT, init_distributed, make_engine, set_lr
+from .objective import draw_t, flow_matching_loss, noised, sample_generator
+from .shards import ShardDataset
+from .stages import StageSpec, select_trainable, stage_of
+from .tracking import Tracker
+from .validate import held_out_losses, levels_within
+
+
+def train(config: TrainerConfig) -> Path:
+    """Runs one stage to its end, or to a stop signal, and returns the file it wrote.
+
+    Every rank of the launcher calls this. Raises WanmoeError for faults in config, data or weights.
+    """
+    rank, world, device = init_distributed()
+    trainer = Trainer(config, rank, world, device)
+    try:
+        trainer.fit()
+    finally:
+        trainer.close()
+    return trainer.output
+
+
+class Trainer:
+    """State of one run on one rank."""
+
+    def __init__(self, config: TrainerConfig, rank: int, world: int, device: torch.device) -> None:
+        self.config, self.rank, self.world, self.device = config, rank, world, device
+        self.spec = stage_of(config)
+        self.run = config.train.run
+        self.dit, self.adapter, self.base_sha256 = load_model(config)
+        self.dit.checkpointing = config.train.checkpointing
+        self.t_range = side_range(config, self.spec, self.dit.config.boundary)
+        self._load_data()
+        state, trainer = self._find_resume()
+        self.trainable = select_trainable(self.spec, self.dit, self.adapter)
+        self.frozen = self._frozen_adapter_parts()
+        if state is not None:
+            self._check_resume(state, trainer)
+            for name, parameter in self.trainable.items():
+                parameter.data.copy_(state[f"param/{name}"])
+        module = RoutedDiT(self.dit, self.adapter, self.spec)
+        self._say(self._start_line())
+        self.engine = make_engine(config, module, self.trainable, self.spec, device)
+        self.step = 0
+        if state is not None:
+            self.step = int(trainer["step"])
+            checkpoint.restore_state(self.engine, self.trainable, state, self.step)
+            self._say(f"resuming {self.run} at step {self.step}")
+        self.unseen_gradients = set() if state is not None else set(self.trainable)
+        self.bad_steps = 0
+        self.stop_signal: int | None = None
+        self.tracker = self._tracker(trainer)
+
+    # -- set-up ------------------------------------------------------------------------------------------------
+
+    def _load_data(self) -> None:
+        config = self.config
+        experts, router = (
+            (self.adapter.experts, self.adapter.router_config)
+            if self.adapter is not None
+            else (config.adapter.expert_set, config.router)
+        )
+        by_label = self.spec.routing in ("labels", "router")
+        self.gates = LabelGates(experts, router, needed=by_label)
+        dataset = ShardDataset(config.data.shards, "train")
+        self.held_out = ShardDataset(config.data.shards, "val")
+        self.batches = TrainBatches(
+            dataset,
+            self.gates,
+            batch=config.data.batch,
+            accumulation=config.train.accumulation,
+            rank=self.rank,
+            world=self.world,
+            seed=config.train.seed,
+            balanced=config.data.balanced and by_label,
+            workers=config.data.workers,
+        )
+        check_text_width(self.dit, dataset)
+        if by_label:
+            unseen = unseen_experts(dataset, self.gates)
+            if unseen:
+                self._say(f"no training clip shows {', '.join(unseen)}: these experts stay as they are")
+
+    def _find_resume(self) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        if not self.config.train.resume:
+            return None, {}
+        path, complaints = checkpoint.latest(self.run / "resume")
+        for complaint in complaints:
+            self._say(complaint)
+        return (None, {}) if path is None else checkpoint.read(path)
+
+    def _check_resume(self, state: dict[str, Tensor], trainer: dict[str, Any]) -> None:
+        for key, value in self._identity().items():
+            if trainer.get(key) != value:
+                raise WanmoeError(
+                    f"{self.run}/resume: belongs to another run ({key} was {trainer.get(key)!r}, is {value!r}); "
+                    "choose another train.run or set train.resume = false"
+                )
+        names = {name.split("/", 1)[1] for name in state}
+        if names != set(self.trainable):
+            raise WanmoeError(
+                f"{self.run}/resume: {len(names ^ set(self.trainable))} parameters differ from this config's, e.g. "
+                f"{sorted(names ^ set(self.trainable))[0]}; choose another train.run or set train.resume = false"
+            )
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change between a run and its resume; the world size may, if the global batch stays."""
+        return {
+            "stage": self.config.train.stage,
+            "seed": self.config.train.seed,
+            "steps": self.config.train.steps,
+            "data": self.batches.dataset.fingerprint,
+            "global_batch": self.batches.global_batch,
+            "base_sha256": self.base_sha256,
+        }
+
+    def _frozen_adapter_parts(self) -> dict[str, Tensor]:
+        """Copies of the adapter tensors that do not train in this stage, taken before the engine shards them."""
+        if self.adapter is None:
+            return {}
+        parameters = self.adapter.parameters()
+        return {n: p.detach().float().clone() for n, p in parameters.items() if n not in self.trainable}
+
+    def _tracker(self, trainer: dict[str, Any]) -> Tracker | None:
+        if self.rank != 0:
+            return None
+        self.run.mkdir(parents=True, exist_ok=True)
+        dump = self.config.model_dump(mode="json", exclude_none=True)
+        (self.run / "config.toml").write_text(tomli_w.dumps(dump))
+        params = flatten(dump) | {"world_size": self.world, "trainable": self._trainable_count()}
+        params |= {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
+        return Tracker(self.config.tracking, self.run, params, self.step, trainer.get("mlflow_run"))
+
+    def _trainable_count(self) -> int:
+        return sum(int(getattr(p, "ds_numel", p.numel())) for p in self.trainable.values())
+
+    def _start_line(self) -> str:
+        blocks = len(self.dit.blocks)
+        prefix = f"prefix {self.dit.first_adapted} of {blocks} blocks without a graph"
+        if not self.dit.prefix_frozen:
+            prefix = f"all {blocks} blocks train"
+        return (
+            f"stage {self.config.train.stage}: {self._trainable_count():,} trainable parameters, {prefix}, "
+            f"{len(self.batches.dataset)} clips, {len(self.held_out)} held out, global batch "
+            f"{self.batches.global_batch} on {self.world} ranks ({self.device.type}), t in {list(self.t_range)}"
+        )
+
+    def _say(self, line: str) -> None:
+        if self.rank == 0:
+            tqdm.write(line, file=sys.stderr)
+
+    # -- the loop ----------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Trains up to train.steps; on SIGTERM or SIGINT saves within a step and returns."""
+        config = self.config.train
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        if self.step == 0:
+            self._validate()
+        batches = self.batches(self.step, config.steps)
+        bar = tqdm(
+            total=config.steps, initial=self.step, disable=self.rank != 0, desc=f"stage {config.stage}"
+        )
+        began, logged_at = time.monotonic(), self.step
+        stopped = False
+        while self.step < config.steps and not stopped:
+            values, stopped = self.train_step(batches)
+            bar.update()
+            bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
+            if self.step % config.log_every == 0 or self.step == config.steps:
+                now = time.monotonic()
+                values["train/steps_per_s"] = (self.step - logged_at) / max(now - began, 1e-9)
+                began, logged_at = now, self.step
+                self._log(values)
+            if self.step == config.steps or (config.val_every and self.step % config.val_every == 0):
+                self._validate()
+            if (
+                self.step == config.steps
+                or stopped
+                or (config.save_every and self.step % config.save_every == 0)
+            ):
+                self._save()
+        bar.close()
+        if self.rank == 0 and stopped:
+            self._say(f"stopped by signal at step {self.step}; the same command goes on from there")
+
+    def train_step(self, batches: Any) -> tuple[dict[str, float], bool]:
+        """One optimizer step over `accumulation` forwards; returns its figures and whether to stop."""
+        config = self.config
+        self.engine.train()
+        lr = set_lr(self.engine, lr_factor(self.step, config, self.spec))
+        totals: dict[str, float] = {}
+        stop = skipped = False
+        for micro in range(config.train.accumulation):
+            batch: Batch = next(batches)
+            # Dropout, too, is a function of the position in the sample order.
+            torch.manual_seed(
+                sample_generator(config.train.seed, batch.positions[0], "dropout").initial_seed()
+            )
+            losses = self.losses(batch)
+            figures, finite, stop = self._agree(losses)
+            if not finite:
+                self._report_bad(batch)
+                skipped = True
+                # The rest of the step is read but not trained: all ranks stay on the same batches.
+                for _ in range(micro + 1, config.train.accumulation):
+                    next(batches)
+                break
+            totals = {k: totals.get(k, 0.0) + v / config.train.accumulation for k, v in figures.items()}
+            self.engine.backward(losses["loss"])
+            self._check_gradients(last=micro + 1 == config.train.accumulation)
+            self.engine.step()
+        self.step += 1
+        values = {f"train/{name}": value for name, value in totals.items()} | {"train/lr": lr}
+        values["train/skipped_step"] = float(skipped)
+        values.setdefault("train/loss", math.nan)
+        if not skipped:
+            self.bad_steps = 0
+            values["train/grad_norm"] = float(self.engine.get_global_grad_norm() or 0.0)
+        return values, stop
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Scalar losses of one batch: `loss` is the sum that trains, the others are its terms."""
+        config, device = self.config, self.device
+        x_t, t, target = self._noise(batch)
+        context = self._drop_captions(batch)
+        image = None if batch.image_latent is None else batch.image_latent.to(device)
+        rule = batch.rule.to(device)
+        v, probs = self.engine(x_t, t, context, batch.pooled.to(device), rule, image)
+        losses = {"diffusion": flow_matching_loss(v, target).mean()}
+        losses["loss"] = losses["diffusion"]
+        if "router" in self.spec.trains:
+            losses["teacher_kl"] = teacher_kl(probs, rule)
+            losses["loss"] = losses["loss"] + config.objective.teacher_kl * losses["teacher_kl"]
+        return losses
+
+    def _noise(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        streams = [sample_generator(self.config.train.seed, p, "noise") for p in batch.positions]
+        u = torch.cat([torch.rand(1, generator=stream, dtype=torch.float64) for stream in streams])
+        noise = torch.stack([torch.randn(batch.latent.shape[1:], generator=stream) for stream in streams])
+        t = draw_t(u, self.config.objective, self.t_range).to(self.device)
+        x_t, target = noised(batch.latent.to(self.device), noise.to(self.device), t)
+        return x_t, t, target
+
+    def _drop_captions(self, batch: Batch) -> list[Tensor]:
+        p = 0.0 if self.spec.trains == ("router",) else self.config.data.caption_dropout
+        context = []
+        for position, tokens in zip(batch.positions, batch.context, strict=True):
+            draw = torch.rand(1, generator=sample_generator(self.config.train.seed, position, "caption"))
+            context.append((tokens[:0] if float(draw) < p else tokens).to(self.device, self._dtype))
+        return context
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.engine.bfloat16_enabled() else torch.float32
+
+    def _agree(self, losses: dict[str, Tensor]) -> tuple[dict[str, float], bool, bool]:
+        """(mean figures over ranks, whether the loss is finite on all, whether any rank was told to stop)."""
+        values = torch.stack([value.detach().float() for value in losses.values()])
+        finite = torch.isfinite(values).all()
+        flags = torch.stack([(~finite).float(), values.new_tensor(float(self.stop_signal is not None))])
+        packed = torch.cat([torch.nan_to_num(values), flags])
+        dist.all_reduce(packed)
+        means = (packed / self.world).tolist()
+        return dict(zip(losses, means, strict=False)), means[-2] == 0, means[-1] > 0
+
+    def _report_bad(self, batch: Batch) -> None:
+        self.bad_steps += 1
+        keys: list[list[str] | None] = [None] * self.world
+        dist.all_gather_object(keys, batch.keys)
+        named = ", ".join(key for part in keys for key in part or [])
+        self._say(f"step {self.step}: loss is not finite; skipped on all ranks; samples: {named}")
+        if self.bad_steps >= self.config.train.max_bad_steps:
+            raise WanmoeError(
+                f"loss was not finite in {self.bad_steps} steps in a row (last samples: {named}); "
+                "lower optimizer.lr or check the shards with `wanmoe verify`"
+            )
+
+    def _check_gradients(self, last: bool) -> None:
+        """Every parameter of the stage must have had a non-zero gradient by the end of the first epoch.
+
+        Not at once: a down projection has none before its up projection has moved, and experts have none before
+        one of their clips came by at a noise level of their band.
+        """
+        if not last or not self.unseen_gradients:
+            return
+        for name in sorted(self.unseen_gradients):
+            gradient = checkpoint.safe_get_full_grad(self.trainable[name])
+            if gradient is not None and bool(gradient.any()):
+                self.unseen_gradients.discard(name)
+        epoch = math.ceil(len(self.batches.dataset) / self.batches.global_batch) + 2
+        deadline = min(max(epoch, 4), self.config.train.steps) - 1
+        dead = sorted(self.unseen_gradients)
+        if self.step == deadline and dead and self.step >= 3:
+            raise WanmoeError(
+                f"{len(dead)} of {len(self.trainable)} parameters of stage {self.config.train.stage} have had no "
+                f"gradient in {self.step + 1} steps, e.g. {dead[0]}"
+            )
+        if self.step >= deadline:
+            self.unseen_gradients.clear()
+
+    # -- figures and files ---------------------------------------------------------------------------------------
+
+    def _log(self, values: dict[str, float]) -> None:
+        if self.tracker is not None:
+            self.tracker.log(self.step, {k: v for k, v in values.items() if math.isfinite(v)})
+
+    def _validate(self) -> None:
+        self.engine.eval()
+
+        def predict(x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
+            image = None if batch.image_latent is None else batch.image_latent.to(self.device)
+            context = [tokens.to(self.device, self._dtype) for tokens in batch.context]
+            rule = batch.rule.to(self.device)
+            v: Tensor = self.engine(x_t, t, context, batch.pooled.to(self.device), rule, image)[0]
+            return v
+
+        levels = levels_within(side_of(self.config, self.dit.config.boundary))
+        losses = held_out_losses(
+            predict,
+            self.held_out,
+            self.gates,
+            levels=levels,
+            batch=self.config.data.batch,
+            device=self.device,
+        )
+        values = {f"val/loss_t{level}": float(x) for level, x in zip(levels, losses.mean(0), strict=True)}
+        self._log({"val/loss": float(losses.mean())} | values)
+        self._say(f"step {self.step}: held-out loss {losses.mean():.4f}")
+
+    def _save(self) -> None:
+        """Resume state and result file; gathers what trains, and nothing frozen."""
+        state = checkpoint.gather_state(self.trainable)
+        if self.rank == 0:
+            self._write(state)
+        dist.barrier()
+
+    def _write(self, state: dict[str, Tensor]) -> None:
+        trainer = self._identity() | {"step": self.step, "world_size": self.world}
+        trainer["mlflow_run"] = self.tracker.run_id if self.tracker else None
+        checkpoint.commit(self.run / "resume", state, trainer, self.config.train.keep)
+        trained = {name: state[f"param/{name}"] for name in self.trainable}
+        if self.adapter is None:
+            whole = WanDiT(self.dit.config)
+            whole.load_state_dict(trained, assign=True)
+            save_dit(whole, self.output)
+        else:
+            save_adapter(
+                self.adapter,
+                self.output,
+                stage=self.config.train.stage,
+                step=self.step,
+                noise_expert=self.config.model.noise_expert,
+                base_sha256=self.base_sha256,
+                tensors={**self.frozen, **trained},
+            )
+        if self.tracker is not None and self.step == self.config.train.steps:
+            self.tracker.artifact(self.run / "config.toml")
+            self.tracker.artifact(self.output)
+
+    @property
+    def output(self) -> Path:
+        """File that this stage writes into its run folder."""
+        side = self.config.model.noise_expert
+        suffix = "" if side == "both" else f"-{side}"
+        return self.run / f"{'model' if self.adapter is None else 'adapter'}{suffix}.safetensors"
+
+    def close(self) -> None:
+        if self.tracker is not None:
+            done = self.step >= self.config.train.steps
+            self.tracker.close("FINISHED" if done else "KILLED")
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stop_signal = number
+
+
+def load_model(config: TrainerConfig) -> tuple[WanDiT, Adapter | None, str]:
+    """(frozen DiT with its adapter attached, the adapter, hash of the base) as a config asks for."""
+    model = config.model
+    if model.dit is None:
+        torch.manual_seed(config.train.seed)
+        dit, base = WanDiT(WanConfig.preset(str(model.preset))), ""
+    else:
+        dit, base = load_dit(model.dit), dit_hash(model.dit)
+    if config.train.stage == "pretrain":
+        return dit, None, base
+    if model.adapter is None:
+        adapter = attach(dit, config.adapter, config.router, seed=config.train.seed)
+    else:
+        adapter = load_adapter(
+            model.adapter,
+            dit,
+            noise_expert=model.noise_expert,
+            base_sha256=base,
+            router=config.router,
+            any_base=model.any_base,
+        )
+        check_same_adapter(config, adapter, model.adapter)
+    return dit, adapter, base
+
+
+def check_same_adapter(config: TrainerConfig, adapter: Adapter, path: Path) -> None:
+    """A key that the config sets must agree with the adapter file that the stage starts from."""
+    for key in config.adapter.model_fields_set:
+        asked, found = getattr(config.adapter, key), getattr(adapter.config, key)
+        if asked != found and not key.endswith("_dropout"):
+            raise WanmoeError(f"adapter.{key} = {asked} but {path} has {found}; drop the key or start afresh")
+
+
+def check_text_width(dit: WanDiT, dataset: ShardDataset) -> None:
+    """Shards encoded for another text encoder or task are refused before the first step."""
+    sample = dataset[0]
+    if sample.context.shape[-1] != dit.config.text_dim:
+        raise WanmoeError(
+            f"{dataset.root}: text embeddings are {sample.context.shape[-1]} wide, the model reads "
+            f"{dit.config.text_dim}; prepare the clips with this model's text encoder"
+        )
+    if (dit.config.task == "i2v") != (sample.image_latent is not None):
+        raise WanmoeError(f"{dataset.root}: prepared for another task than {dit.config.task}; prepare again")
+
+
+def unseen_experts(dataset: ShardDataset, gates: LabelGates) -> list[str]:
+    """Experts that no labelled clip of a dataset gives any weight."""
+    total = torch.zeros(len(gates.rule.experts))
+    for index, key in enumerate(dataset.keys):
+        if not dataset.instruments(index):
+            return []  # routed by caption, which the index does not hold
+        total += gates(key, dataset.instruments(index), "")
+    return [name for name, weight in zip(gates.rule.experts.names, total, strict=True) if weight == 0]
+
+
+def side_of(config: TrainerConfig, boundary: float) -> tuple[float, float]:
+    """Noise levels that the model serves."""
+    return {"high": (boundary, 1.0), "low": (0.0, boundary), "both": (0.0, 1.0)}[config.model.noise_expert]
+
+
+def side_range(config: TrainerConfig, spec: StageSpec, boundary: float) -> tuple[float, float]:
+    """Noise levels that are trained: the configured (or the stage's) range within the model's side."""
+    side, asked = side_of(config, boundary), config.objective.t_range or spec.t_range
+    low, high = max(side[0], asked[0]), min(side[1], asked[1])
+    if not low < high:
+        raise WanmoeError(
+            f"objective.t_range {list(asked)} leaves nothing of [{side[0]}, {side[1]}], the side of the "
+            f"{config.model.noise_expert} noise expert"
+        )
+    return low, high
+
+
+def lr_factor(step: int, config: TrainerConfig, spec: StageSpec) -> float:
+    """Factor on the peak learning rate at a step: linear warm-up, then constant or cosine to zero."""
+    warmup = config.optimizer.warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    if (config.optimizer.schedule or spec.schedule) == "constant":
+        return 1.0
+    progress = (step - warmup) / max(config.train.steps - warmup, 1)
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys; lists as JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = (
+                json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
+            )
+    return flat

@@ -1,0 +1,75 @@
+"""Held-out loss at fixed noise levels: the same clips, noise and t for every model that is compared.
+
+Letters: B clips, E experts, N held-out clips, T noise levels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .batch import Batch, LabelGates, collate
+from .objective import flow_matching_loss, noised, sample_generator
+from .shards import ShardDataset
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+# Not the seed of the run: runs of different seeds are compared on the same noise.
+NOISE_SEED = 0
+
+Predict = Callable[[Tensor, Tensor, Batch], Tensor]
+
+
+def levels_within(t_range: tuple[float, float]) -> tuple[float, ...]:
+    """The fixed levels of one side of the boundary; its middle where none lies inside."""
+    inside = tuple(t for t in LEVELS if t_range[0] <= t <= t_range[1])
+    return inside or (round(sum(t_range) / 2, 3),)
+
+
+@torch.no_grad()
+def held_out_losses(
+    predict: Predict,
+    dataset: ShardDataset,
+    gates: LabelGates,
+    *,
+    levels: Sequence[float] = LEVELS,
+    batch: int = 8,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Flow-matching loss per clip and noise level, [N, T], whole on every rank of the process group if there is one.
+
+    Args:
+        predict: (x_t [B, ...], t [B], batch) -> v. Called equally often on all ranks, as ZeRO-3 needs.
+    """
+    distributed = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    losses = torch.zeros(len(dataset), len(levels), device=device)
+    rounds = math.ceil(len(dataset) / (batch * world))
+    for turn in range(rounds):
+        first = (turn * world + rank) * batch
+        # A rank that has run out repeats clip 0, uncounted, so that all ranks do the same forwards.
+        own = list(range(first, min(first + batch, len(dataset))))
+        indices = own or [0]
+        clips = collate([dataset[index] for index in indices], indices, gates)
+        latent = clips.latent.to(device)
+        for column, level in enumerate(levels):
+            t = torch.full((len(indices),), level, device=device)
+            x_t, target = noised(latent, _noise(clips, column).to(device), t)
+            loss = flow_matching_loss(predict(x_t, t, clips), target)
+            if own:
+                losses[own, column] = loss
+    if distributed:
+        dist.all_reduce(losses)
+    return losses.cpu()
+
+
+def _noise(clips: Batch, column: int) -> Tensor:
+    return torch.stack(
+        [
+            torch.randn(latent.shape, generator=sample_generator(NOISE_SEED, index, f"held-out/{column}"))
+            for index, latent in zip(clips.positions, clips.latent, strict=True)
+        ]
+    )
