@@ -1,0 +1,36 @@
+# Each target does its own set-up: a virtual environment in .venv, redone when what it is made from changes.
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip --disable-pip-version-check --no-input
+READY := .venv/.ready
+ROOMS := kernels moe_lora train infer launch
+
+.PHONY: demo test lint wheel clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)  ## clips to report on the CPU; make demo CLIPS=folder takes your own
+	.venv/bin/wanmoe demo $(if $(CLIPS),--clips "$(CLIPS)")
+
+test: $(READY)  ## the whole suite; make test ARGS="tests/kernels -x" for a part of it
+	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
+
+lint: $(READY)  ## style, format and types; mypy follows links, not setuptools' import hook
+	mkdir -p .types/wanmoe && for room in $(ROOMS); do ln -sfn "../../$$room" ".types/wanmoe/$$room"; done
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	MYPYPATH=.types .venv/bin/mypy --namespace-packages --explicit-package-bases -p wanmoe
+
+wheel: $(READY)  ## dist/*.tar.gz, and dist/*.whl built out of it: nothing that lies about gets in
+	rm -rf build dist && .venv/bin/python -m build --no-isolation
+
+clean:
+	rm -rf .venv .types build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# DeepSpeed comes as source: DS_BUILD_OPS=0 leaves its ops to be compiled at first use, so that this step needs no torch.
+# wan22 is the official model that the tests compare with; of its many requirements they need none.
+$(READY): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "wanmoe needs Python 3.10 or newer, which $(PYTHON) is not: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo 'Setting up .venv: a few minutes, the first time.'
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || { rm -rf .venv; echo "$(PYTHON) has no working venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(PIP) install -q -c constraints.txt pip
+	DS_BUILD_OPS=0 PYTHONWARNINGS=ignore $(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) install -q -c constraints.txt --no-deps wan22
+	@touch $@
