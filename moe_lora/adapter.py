@@ -1,4 +1,5 @@
-"""The LoRA mixture-of-experts on a frozen DiT: the wrapped linear, where it sits, and the registry of what trains.
+"""The LoRA mixture-of-experts on a frozen DiT: the wrapped linear, where it sits, and the registry of what
+trains.
 
 Letters: B clips, G gate rows, E experts, r rank.
 """
@@ -92,8 +93,8 @@ class AdapterConfig(BaseModel):
 class LoRAMoELinear(nn.Module):
     """A frozen linear that carries a base LoRA and E expert LoRAs, packed (layout `wanmoe/1`).
 
-    It takes over weight and bias of the linear it replaces, so that checkpoint names stay as they were and the
-    op reads only parameters of its own module, as the hooks of ZeRO-3 need.
+    It takes over weight and bias of the linear it replaces, so that checkpoint names stay as they were and
+    the op reads only parameters of its own module, as the hooks of ZeRO-3 need.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, experts: int, config: AdapterConfig) -> None:
@@ -203,7 +204,8 @@ class Adapter:
         alpha_base: float = 1.0,
         alpha_expert: float = 1.0,
     ) -> Gates:
-        """Router output -> Gates of a forward: x band(t) x alpha_expert on the experts, alpha_base on the base.
+        """Router output -> Gates of a forward: x band(t) x alpha_expert on the experts, alpha_base on the
+        base.
 
         Args:
             experts: [B, E] per clip or [B, F, E] per latent frame.
@@ -224,8 +226,8 @@ def attach(
 ) -> Adapter:
     """Puts a fresh adapter on a DiT, in place, and freezes everything else; up projections are zero.
 
-    With gates the model is then bit-equal to the frozen one. Initial values depend on the seed and the name of
-    the linear alone, so every rank gets the same. On the meta device nothing is initialised.
+    With gates the model is then bit-equal to the frozen one. Initial values depend on the seed and the name
+    of the linear alone, so every rank gets the same. On the meta device nothing is initialised.
 
     Raises:
         WanmoeError: the model has an adapter already, or the configured blocks do not exist.

@@ -1,4 +1,5 @@
-"""Adapter files `wanmoe-adapter/1`: safetensors with the adapter alone, and metadata that says what it belongs to."""
+"""Adapter files `wanmoe-adapter/1`: safetensors with the adapter alone, and metadata that says what it
+belongs to."""
 
 from __future__ import annotations
 

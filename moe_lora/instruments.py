@@ -1,4 +1,5 @@
-"""Instruments as data: the names of the experts, the words that speak of them, and how a text is searched for them."""
+"""Instruments as data: the names of the experts, the words that speak of them, and how a text is searched for
+them."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Expert(BaseModel):
     ending. Empty: the name itself."""
 
 
-# Training keywords of the four families: spec of the seed (Chinese), plus the English words for the same tools.
+# Training keywords of the four families: spec of the seed (Chinese), plus the English words for the same
+# tools.
 SURGICAL = (
     Expert(name="Scissors", keywords=("剪刀", "剪切", "剪断", "剪开", "scissors", "scissor", "shears")),
     Expert(

@@ -1,4 +1,5 @@
-"""Who speaks when: expert gates from labels, hints, mixes, prompts or a learned router, shaped by noise level.
+"""Who speaks when: expert gates from labels, hints, mixes, prompts or a learned router, shaped by noise
+level.
 
 Letters: B clips, F latent frames, E experts, G gate rows (B per clip, B * F per latent frame), L tokens.
 """
@@ -20,8 +21,8 @@ from .instruments import ExpertSet
 class Gates(NamedTuple):
     """How much of each adapter a token gets; an argument of the forward, never state of a module.
 
-    A tuple, since the hooks of ZeRO-3 look for tensors in tuples and not in dataclasses. Token i of a batch of
-    clips, counted in (clip, frame, row, column) order, uses gate row i // tokens_per_row.
+    A tuple, since the hooks of ZeRO-3 look for tensors in tuples and not in dataclasses. Token i of a batch
+    of clips, counted in (clip, frame, row, column) order, uses gate row i // tokens_per_row.
     """
 
     experts: Tensor
@@ -77,7 +78,8 @@ def band(t: Tensor, bands: Sequence[tuple[float, float]]) -> Tensor:
 
 
 def top_k(gates: Tensor, k: int) -> Tensor:
-    """Keeps the k largest of gates [..., E] and rescales them to the same sum; ties at the border all stay."""
+    """Keeps the k largest of gates [..., E] and rescales them to the same sum; ties at the border all
+    stay."""
     if k >= gates.shape[-1]:
         return gates
     border = gates.topk(k, dim=-1).values[..., -1:]
@@ -120,7 +122,8 @@ class RuleRouter:
         labels: Sequence[tuple[str, float]] | None = None,
         prompt: str | None = None,
     ) -> Tensor:
-        """Gates [E], fp32, summing to 1 or all zero; raises WanmoeError on an unknown name or a bad weight."""
+        """Gates [E], fp32, summing to 1 or all zero; raises WanmoeError on an unknown name or a bad
+        weight."""
         if mix:
             return self._proportional(list(mix.items()), "mix")
         if hint:
@@ -157,7 +160,8 @@ class RuleRouter:
 class LearnedRouter(nn.Module):
     """Softmax gates [B, E] from the pooled text embedding [B, text_dim] by one hidden layer.
 
-    The embedding is normalised first: pooled umT5 features are small and their scale says nothing about the tool.
+    The embedding is normalised first: pooled umT5 features are small and their scale says nothing about the
+    tool.
     """
 
     def __init__(self, text_dim: int, experts: int, hidden_dim: int = 64, temperature: float = 0.7) -> None:

@@ -1,4 +1,5 @@
-"""LoRA mixture-of-experts on a frozen linear: `lora_moe_linear`, and `lora_moe_linear_reference` that defines it."""
+"""LoRA mixture-of-experts on a frozen linear: `lora_moe_linear`, and `lora_moe_linear_reference` that defines
+it."""
 
 from .op import lora_moe_linear
 from .reference import lora_moe_linear_reference

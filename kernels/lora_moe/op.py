@@ -29,8 +29,8 @@ def lora_moe_linear(
     """A frozen linear, a base LoRA and E expert LoRAs, the experts mixed by a gate row per group of tokens.
 
     Args:
-        x: [..., d_in]; its N tokens in order are split into G equal groups of tokens_per_row, one gate row each.
-        weight, bias: [d_out, d_in], [d_out] or None; frozen or not.
+        x: [..., d_in]; its N tokens in order are split into G equal groups of tokens_per_row, one gate row
+        each. weight, bias: [d_out, d_in], [d_out] or None; frozen or not.
         base_down, base_up: [r_b, d_in], [d_out, r_b].
         expert_down, expert_up: [E, r, d_in], [E, d_out, r].
         base_gates, expert_gates: [G], [G, E]; differentiable.
@@ -77,8 +77,9 @@ def _check(
 ) -> None:
     if weight.dim() != 2 or expert_down.dim() != 3 or base_down.dim() != 2 or expert_gates.dim() != 2:
         raise ValueError(
-            f"weight {tuple(weight.shape)}, base_down {tuple(base_down.shape)}, expert_down "
-            f"{tuple(expert_down.shape)} and expert_gates {tuple(expert_gates.shape)} must have 2, 2, 3 and 2 axes"
+            f"weight {tuple(weight.shape)}, base_down {tuple(base_down.shape)}, "
+            f"expert_down {tuple(expert_down.shape)} and expert_gates {tuple(expert_gates.shape)} "
+            "must have 2, 2, 3 and 2 axes"
         )
     d_out, d_in = weight.shape
     experts, rank, _ = expert_down.shape

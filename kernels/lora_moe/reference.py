@@ -24,7 +24,8 @@ def lora_moe_linear_reference(
     scale_base: float,
     scale_expert: float,
 ) -> Tensor:
-    """y = W x + b + s_base g_base B_b A_b x + sum_e s_expert g_e B_e A_e x, one expert at a time, rounded once.
+    """y = W x + b + s_base g_base B_b A_b x + sum_e s_expert g_e B_e A_e x, one expert at a time, rounded
+    once.
 
     Shapes as in `lora_moe_linear`. Computed in fp32 (fp64 for fp64 inputs) and returned in the dtype of x.
     """

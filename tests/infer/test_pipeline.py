@@ -1,0 +1,334 @@
+"""Generation on the `tiny` preset with random weights: seeds, hints, files, and what is refused."""
+
+import json
+import logging
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from wanmoe.infer import LoRAMoEInference
+from wanmoe.moe_lora.adapter import AdapterConfig, attach
+from wanmoe.moe_lora.adapter_file import save_adapter
+from wanmoe.moe_lora.errors import WanmoeError
+from wanmoe.moe_lora.instruments import SURGICAL
+from wanmoe.moe_lora.routing import RouterConfig, pool_text
+from wanmoe.moe_lora.video import read_metadata, read_video
+from wanmoe.moe_lora.wan.codec import HaarCodec, image_condition
+from wanmoe.moe_lora.wan.config import WanConfig
+from wanmoe.moe_lora.wan.dit import WanDiT
+from wanmoe.moe_lora.wan.text import HashTextEncoder, encode_prompts
+from wanmoe.moe_lora.wan.weights import dit_hash, load_dit, save_dit
+
+HOOK, SUCTION = "Hook/Electrocautery", "Suction"
+I2V = WanConfig(**{**WanConfig.preset("tiny").__dict__, "task": "i2v", "in_dim": 36})
+FAST = {"num_frames": 5, "video_size": (32, 48), "num_steps": 3, "guidance_scale": 1.0, "seed": 3}
+MODEL = {"vae_path": "haar", "t5_path": "hash", "alpha_base": 1.0, "device": "cpu"}
+
+
+def _write_dit(path: Path, config: WanConfig, seed: int) -> Path:
+    torch.manual_seed(seed)
+    dit = WanDiT(config)
+    torch.nn.init.normal_(dit.head.head.weight, std=0.05)
+    save_dit(dit, path)
+    return path
+
+
+def _write_adapter(
+    path: Path, dit_path: Path, *, seed: int = 0, router: str = "rule", with_router: bool = True, **about: str
+) -> Path:
+    """An adapter whose experts say something: up projections drawn, not zero."""
+    dit = load_dit(dit_path)
+    config = AdapterConfig(blocks=4, fallback=about.pop("fallback", None))
+    adapter = attach(dit, config, RouterConfig(mode=router), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapter.parameters().items():
+        if name.endswith("_up"):
+            parameter.data.normal_(std=0.5, generator=generator)
+    if not with_router:
+        adapter.router = None
+    save_adapter(adapter, path, stage="b", step=7, **about)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    low = _write_dit(folder / "low.safetensors", WanConfig.preset("tiny"), 0)
+    _write_dit(folder / "high.safetensors", WanConfig.preset("tiny"), 1)
+    _write_dit(folder / "i2v.safetensors", I2V, 2)
+    _write_adapter(folder / "adapter.safetensors", low, base_sha256=dit_hash(low))
+    _write_adapter(folder / "learned.safetensors", low, router="learned")
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    assert cv2.imwrite(str(folder / "image.png"), image)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inference(files: Path) -> LoRAMoEInference:
+    return LoRAMoEInference(
+        "tiny", files / "low.safetensors", lora_moe_weights=files / "adapter.safetensors", **MODEL
+    )
+
+
+# ------------------------------------------------------------------------------------------ what is made
+
+
+def test_the_same_seed_makes_the_same_video(inference: LoRAMoEInference) -> None:
+    video = inference.generate("剪刀剪切", **FAST)
+    assert (video.dtype, tuple(video.shape)) == (torch.uint8, (5, 32, 48, 3))
+    assert video.float().std() > 1
+    assert torch.equal(inference.generate("剪刀剪切", **FAST), video)
+    assert not torch.equal(inference.generate("剪刀剪切", **{**FAST, "seed": 4}), video)
+
+
+def test_hints_choose_experts_that_differ(inference: LoRAMoEInference) -> None:
+    videos = [inference.generate("tissue", expert.name, **FAST) for expert in SURGICAL]
+    videos.append(inference.generate("tissue", **FAST))
+    for i, first in enumerate(videos):
+        for second in videos[:i]:
+            assert not torch.equal(first, second)
+
+
+def test_without_experts_hints_say_nothing(files: Path) -> None:
+    paths = {"dit_path": files / "low.safetensors", "lora_moe_weights": files / "adapter.safetensors"}
+    mute = LoRAMoEInference("t2v", **paths, **{**MODEL, "alpha_expert": 0.0})
+    base = mute.generate("tissue", **FAST)
+    for hint in (HOOK, SUCTION):
+        assert torch.equal(mute.generate("tissue", hint, **FAST), base)
+    silent = LoRAMoEInference("t2v", **paths, **{**MODEL, "alpha_base": 0.0, "alpha_expert": 0.0})
+    frozen = LoRAMoEInference("t2v", files / "low.safetensors", **MODEL)
+    assert torch.equal(silent.generate("tissue", HOOK, **FAST), frozen.generate("tissue", **FAST))
+    assert not torch.equal(base, frozen.generate("tissue", **FAST))
+
+
+def test_a_mix_of_one_is_a_hint_and_a_mix_of_two_is_neither(inference: LoRAMoEInference) -> None:
+    hook = inference.generate("tissue", HOOK, **FAST)
+    assert torch.equal(inference.generate("tissue", mix={HOOK: 2.0}, **FAST), hook)
+    both = inference.generate("tissue", mix={HOOK: 0.6, SUCTION: 0.4}, **FAST)
+    assert not torch.equal(both, hook)
+
+
+def test_guidance_and_the_negative_prompt_act(inference: LoRAMoEInference) -> None:
+    plain = inference.generate("hook", **FAST)
+    strong = {**FAST, "guidance_scale": (3.0, 4.0)}
+    guided = inference.generate("hook", **strong)
+    assert not torch.equal(guided, plain)
+    assert not torch.equal(inference.generate("hook", **strong, negative_prompt="grey"), guided)
+    assert torch.equal(inference.generate("hook", **strong, negative_prompt=""), guided)
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
+def test_every_solver_runs(inference: LoRAMoEInference, solver: str) -> None:
+    steps: list[tuple[int, int, str]] = []
+    video = inference.generate("hook", **FAST, solver=solver, progress=lambda *step: steps.append(step))
+    assert video.float().std() > 1
+    assert [step[:2] for step in steps] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_vanilla_is_euler(inference: LoRAMoEInference) -> None:
+    euler = inference.generate("hook", **FAST, solver="euler")
+    assert torch.equal(inference.generate("hook", **FAST, solver="vanilla"), euler)
+
+
+# --------------------------------------------------------------------------------------------- the file
+
+
+def test_the_written_file_is_the_returned_video(inference: LoRAMoEInference, tmp_path: Path) -> None:
+    path = tmp_path / "hook.mp4"
+    video = inference.generate("电凝钩切割", **{**FAST, "num_frames": 9}, output_path=path)
+    assert [p.name for p in tmp_path.iterdir()] == ["hook.mp4"]
+    read = read_video(path)
+    assert read.shape == video.shape
+    # Dark and bright ends survive: a video in [-1, 1] taken for [0, 1] would lose its lower half.
+    assert (read.float().mean() - video.float().mean()).abs() < 3
+    luma = torch.tensor([0.2126, 0.7152, 0.0722])
+    error = ((read.float() - video.float()) @ luma).abs().mean()
+    assert error < 6 < (video.float() @ luma).std()
+    about = read_metadata(path)
+    assert (about["prompt"], about["seed"]) == ("电凝钩切割", "3")
+    assert json.loads(about["gates"])["low"]["source"] == "prompt"
+    assert json.loads(about["gates"])["low"]["gates"][HOOK] == 1.0
+    assert json.loads(about["settings"])["num_steps"] == 3
+    assert about["codec"] == "haar (stand-in)"
+    assert "adapter.safetensors" in about["adapter"]
+
+
+def test_a_seed_is_drawn_and_said(inference: LoRAMoEInference, tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    video = inference.generate("hook", **{**FAST, "seed": None}, output_path=path)
+    again = inference.generate("hook", **{**FAST, "seed": int(read_metadata(path)["seed"])})
+    assert torch.equal(again, video)
+
+
+# ---------------------------------------------------------------------------------------------- routing
+
+
+def test_a_mix_goes_before_a_hint_and_a_hint_before_the_prompt(inference: LoRAMoEInference) -> None:
+    assert inference.route("剪刀", HOOK, {SUCTION: 1.0})["low"].source == "mix"
+    assert inference.route("剪刀", HOOK, {SUCTION: 1.0})["low"].gates[SUCTION] == 1.0
+    assert inference.route("剪刀", HOOK)["low"] == (
+        {"Scissors": 0.0, HOOK: 1.0, SUCTION: 0.0, "Other": 0.0},
+        "hint",
+    )
+    assert inference.route("剪刀")["low"].source == "prompt"
+    assert inference.route("剪刀")["low"].gates["Scissors"] == 1.0
+    several = inference.route("剪刀剪切,吸引器")["low"].gates
+    assert several["Scissors"] > several[SUCTION] > 0 == several["Other"]
+
+
+def test_no_evidence_is_the_base_alone_and_is_said(
+    inference: LoRAMoEInference, files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert inference.route("liver")["low"].source == "none"
+    assert not any(inference.route("liver")["low"].gates.values())
+    with caplog.at_level(logging.INFO, logger="wanmoe.infer"):
+        inference.generate("liver", **FAST)
+    assert "the base adapter alone" in caplog.text
+    path = _write_adapter(tmp_path / "f.safetensors", files / "low.safetensors", fallback="Other")
+    other = LoRAMoEInference("t2v", files / "low.safetensors", lora_moe_weights=path, **MODEL)
+    assert other.route("liver")["low"].source == "fallback"
+    assert other.route("liver")["low"].gates["Other"] == 1.0
+
+
+def test_the_learned_router_of_the_file_decides(files: Path) -> None:
+    learned = LoRAMoEInference(
+        "t2v", files / "low.safetensors", lora_moe_weights=files / "learned.safetensors", **MODEL
+    )
+    adapter = learned.sides["low"].adapter
+    assert adapter is not None and adapter.router is not None
+    with torch.no_grad():
+        full = adapter.router(pool_text(encode_prompts(HashTextEncoder(), ["剪刀"])))[0]
+    route = learned.route("剪刀")["low"]
+    assert route.source == "router"
+    kept = full.topk(2)
+    assert sorted(route.gates.values())[-2:] == pytest.approx(
+        sorted((kept.values / kept.values.sum()).tolist()), abs=1e-6
+    )
+    assert sum(weight > 0 for weight in route.gates.values()) == 2
+    assert learned.route("剪刀", HOOK)["low"].source == "hint"
+
+
+def test_a_learned_router_that_is_not_in_the_file_is_an_error(files: Path, tmp_path: Path) -> None:
+    path = _write_adapter(
+        tmp_path / "bare.safetensors", files / "low.safetensors", router="learned", with_router=False
+    )
+    with pytest.raises(WanmoeError, match="holds no router"):
+        LoRAMoEInference("t2v", files / "low.safetensors", lora_moe_weights=path, **MODEL)
+
+
+# ------------------------------------------------------------------------------------ two noise experts
+
+
+def test_both_noise_experts_run_with_their_own_adapters(files: Path, tmp_path: Path) -> None:
+    low, high = files / "low.safetensors", files / "high.safetensors"
+    pair = (
+        _write_adapter(tmp_path / "l.safetensors", low, noise_expert="low"),
+        _write_adapter(tmp_path / "h.safetensors", high, seed=1, noise_expert="high"),
+    )
+    steps: list[str] = []
+    settings = {**FAST, "num_steps": 6}
+
+    def video(weights: object, **more: object) -> torch.Tensor:
+        model = LoRAMoEInference(
+            "t2v", low, dit_high_noise_path=high, lora_moe_weights=weights, **{**MODEL, **more}
+        )
+        return model.generate("hook", HOOK, **settings, progress=lambda _i, _n, side: steps.append(side))
+
+    both = video(pair)
+    assert set(steps) == {"high", "low"}
+    assert steps == sorted(steps)
+    for one in (pair[0], pair[1], (pair[0], None)):
+        assert not torch.equal(video(one), both)
+    assert torch.equal(video(pair[0]), video((pair[0], None)))
+    with pytest.raises(WanmoeError, match="noise expert"):
+        video((pair[1], pair[0]))
+    assert video((pair[1], pair[0]), any_base=True).float().std() > 1
+    with pytest.raises(WanmoeError, match="high noise expert"):
+        LoRAMoEInference("t2v", low, lora_moe_weights=pair[1], **MODEL)
+    with pytest.raises(WanmoeError, match="dit_high_noise_path"):
+        LoRAMoEInference("t2v", low, lora_moe_weights=pair, **MODEL)
+
+
+# -------------------------------------------------------------------------------------------------- i2v
+
+
+def test_the_image_condition_is_a_mask_and_the_latent_of_the_image() -> None:
+    codec = HaarCodec()
+    image = torch.rand(3, 16, 32) * 2 - 1
+    condition = image_condition(codec, image, 9)
+    assert condition.shape == (1, 20, 3, 2, 4)
+    assert (condition[:, :4, 0] == 1).all() and not condition[:, :4, 1:].any()
+    video = torch.cat([image[:, None], torch.zeros(3, 8, 16, 32)], dim=1)[None]
+    torch.testing.assert_close(condition[:, 4:], codec.encode(video), atol=0, rtol=0)
+
+
+def test_i2v_needs_its_image_and_t2v_refuses_one(files: Path, inference: LoRAMoEInference) -> None:
+    model = LoRAMoEInference("i2v", files / "i2v.safetensors", **MODEL)
+    video = model.generate("hook", image_path=files / "image.png", **FAST)
+    assert video.shape == (5, 32, 48, 3)
+    with pytest.raises(WanmoeError, match="needs image_path"):
+        model.generate("hook", **FAST)
+    with pytest.raises(WanmoeError, match="takes no image"):
+        inference.generate("hook", image_path=files / "image.png", **FAST)
+    with pytest.raises(WanmoeError, match=r"absent\.png"):
+        model.generate("hook", image_path=files / "absent.png", **FAST)
+
+
+# ------------------------------------------------------------------------------------------ bad requests
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"instrument_hint": "Scisors"}, "nearest is 'Scissors'"),
+        ({"mix": {"Suktion": 1.0}}, "nearest is 'Suction'"),
+        ({"mix": {SUCTION: -1.0}}, "not negative"),
+        ({"num_frames": 80}, "nearest is 81"),
+        ({"num_frames": 0}, "nearest is 1"),
+        ({"video_size": (30, 48)}, "nearest is 32x48"),
+        ({"video_size": (32, 41)}, "nearest is 32x48"),
+        ({"solver": "unipcc"}, "'unipc'"),
+        ({"num_steps": 0}, "steps"),
+        ({"output_path": "/nowhere/a.mp4"}, "/nowhere"),
+        ({"output_path": "a.avi"}, "mp4"),
+    ],
+)
+def test_bad_requests_are_one_clear_line(
+    inference: LoRAMoEInference, wrong: dict[str, object], message: str
+) -> None:
+    with pytest.raises(WanmoeError) as caught:
+        inference.generate("hook", **{**FAST, **wrong})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_models_are_one_clear_line(files: Path, tmp_path: Path) -> None:
+    low = files / "low.safetensors"
+    foreign = _write_adapter(
+        tmp_path / "a.safetensors", low, base_sha256=dit_hash(files / "high.safetensors")
+    )
+    for message, task, dit, more in [
+        ("nearest is 't2v-A14B'", "t2v-A14", low, {}),
+        ("t2v model, but the task is i2v", "i2v", low, {}),
+        ("absent", "t2v", tmp_path / "absent.safetensors", {}),
+        ("absent", "t2v", low, {"vae_path": tmp_path / "absent"}),
+        ("absent", "t2v", low, {"t5_path": tmp_path / "absent"}),
+        ("absent", "t2v", low, {"lora_moe_weights": tmp_path / "absent"}),
+        ("not a wanmoe adapter", "t2v", low, {"lora_moe_weights": low}),
+        ("trained on base", "t2v", low, {"lora_moe_weights": foreign}),
+    ]:
+        with pytest.raises(WanmoeError) as caught:
+            LoRAMoEInference(task, dit, **{**MODEL, **more})
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    LoRAMoEInference("t2v", low, **MODEL, lora_moe_weights=foreign, any_base=True)
+
+
+def test_a_hint_without_an_adapter_is_an_error(files: Path) -> None:
+    frozen = LoRAMoEInference("t2v", files / "low.safetensors", **MODEL)
+    assert frozen.route("hook") == {}
+    with pytest.raises(WanmoeError, match="lora_moe_weights"):
+        frozen.generate("hook", HOOK, **FAST)

@@ -1,0 +1,255 @@
+"""The adapter on the DiT: bit-equality, counts, gates as arguments (traps A1, A4, A9, A10, A13, A14, A15)."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from wanmoe.moe_lora import AdapterConfig, Gates, RouterConfig, WanmoeError, attach
+from wanmoe.moe_lora.adapter import LoRAMoELinear
+from wanmoe.moe_lora.wan.config import WanConfig
+from wanmoe.moe_lora.wan.dit import WanDiT
+
+SMALL = AdapterConfig(blocks=2, ffn_blocks=1)
+
+
+def randomise(adapter, std=0.1):
+    generator = torch.Generator().manual_seed(5)
+    for parameter in adapter.parameters().values():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return adapter
+
+
+def one_hot(adapter, column, t, tokens=12):
+    experts = torch.zeros(2, len(adapter.experts))
+    experts[:, column] = 1.0
+    return adapter.gates(experts, t, tokens=tokens)
+
+
+def test_a_fresh_adapter_is_bit_equal_to_the_frozen_model(dit, clip):
+    frozen = dit(**clip)
+    adapter = attach(dit, SMALL)
+    assert torch.equal(dit(**clip, gates=one_hot(adapter, 1, clip["t"])), frozen)
+    assert torch.equal(dit(**clip, gates=None), frozen)
+    randomise(adapter)
+    assert not torch.allclose(dit(**clip, gates=one_hot(adapter, 1, clip["t"])), frozen, atol=1e-3)
+    assert torch.equal(dit(**clip, gates=None), frozen)
+
+
+def test_state_dict_names_of_the_base_do_not_change(dit):
+    before = set(dit.state_dict())
+    attach(dit, SMALL)
+    assert before < set(dit.state_dict())
+    assert {name.rsplit(".", 1)[1] for name in set(dit.state_dict()) - before} == {
+        "base_down",
+        "base_up",
+        "expert_down",
+        "expert_up",
+    }
+
+
+def test_a14b_adapter_has_the_documented_size():
+    with torch.device("meta"):
+        dit = WanDiT(WanConfig.preset("t2v-A14B"))
+    adapter = attach(dit)
+    assert adapter.count() == 17_520_640
+    assert adapter.count(("base",)) == 3_504_128
+    assert len(adapter.modules) == 67
+    assert dit.first_adapted == 32
+
+
+def test_only_the_chosen_parts_train_and_every_one_gets_a_gradient(dit, clip):
+    adapter = randomise(attach(dit, SMALL, RouterConfig(mode="learned")))
+    for part in ("base", "experts", "router"):
+        trained = adapter.train_only((part,))
+        for parameter in (*dit.parameters(), *adapter.router.parameters()):
+            parameter.grad = None
+        probs = adapter.router(torch.stack([c.mean(0) for c in clip["context"]]))
+        dit(**clip, gates=adapter.gates(probs, clip["t"], tokens=12)).square().mean().backward()
+        everything = dict(dit.named_parameters()) | {
+            f"router.{name}": value for name, value in adapter.router.named_parameters()
+        }
+        touched = {name for name, p in everything.items() if p.grad is not None and p.grad.any()}
+        assert touched == set(trained), part
+        assert len(trained) == {"base": 34, "experts": 34, "router": 4}[part]
+
+
+def test_gates_are_those_of_this_call(dit, clip):
+    """The same call gives the same output whatever was called before it."""
+    adapter = randomise(attach(dit, SMALL))
+    first = dit(**clip, gates=one_hot(adapter, 0, clip["t"]))
+    other = dit(**clip, gates=one_hot(adapter, 3, clip["t"] * 0.5))
+    again = dit(**clip, gates=one_hot(adapter, 0, clip["t"]))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, atol=1e-3)
+
+
+def test_recomputation_under_checkpointing_sees_the_same_gates(dit, clip):
+    adapter = randomise(attach(dit, SMALL))
+    trained = adapter.train_only(("experts",))
+    gradients = []
+    for checkpointing in (False, True):
+        dit.checkpointing = checkpointing
+        loss = dit(**clip, gates=one_hot(adapter, 1, clip["t"])).square().mean()
+        # Another forward in between: gates kept on modules would now be these.
+        with torch.no_grad():
+            dit(**clip, gates=one_hot(adapter, 2, clip["t"]))
+        gradients.append(torch.autograd.grad(loss, list(trained.values())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert sum(float(g.norm()) for g in gradients[0]) > 0
+
+
+@pytest.mark.parametrize("which", ["alpha_base", "alpha_expert"])
+def test_each_alpha_scales_exactly_its_own_term(dit, clip, which):
+    adapter = randomise(attach(dit.double(), SMALL))
+    linear = adapter.modules["blocks.3.self_attn.v"]
+    x = torch.randn(2, 12, 24, dtype=torch.float64)
+    experts = torch.tensor([[0.2, 0.0, 0.8, 0.0], [1.0, 0.0, 0.0, 0.0]])
+
+    def output(**alphas):
+        gates = adapter.gates(
+            experts, clip["t"], tokens=12, **({"alpha_base": 0, "alpha_expert": 0} | alphas)
+        )
+        return linear(x, gates)
+
+    nothing, one = output(), output(**{which: 1.0})
+    assert (one - nothing).norm() > 1e-3
+    # Linear in its own alpha, by finite differences, and untouched by the other.
+    torch.testing.assert_close((output(**{which: 1.3}) - one) / 0.3, one - nothing, rtol=1e-6, atol=1e-9)
+    down, up, part = (
+        (linear.base_down, linear.base_up, torch.ones(2, 1, 1))
+        if which == "alpha_base"
+        else (linear.expert_down[2], linear.expert_up[2], torch.tensor([0.8, 0.0])[:, None, None])
+    )
+    expected = part.double() * (x @ down.double().t() @ up.double().t()) * linear.scale
+    if which == "alpha_expert":
+        first = torch.tensor([0.2, 1.0], dtype=torch.float64)[:, None, None]
+        expected += (
+            first * (x @ linear.expert_down[0].double().t() @ linear.expert_up[0].double().t()) * linear.scale
+        )
+    torch.testing.assert_close(one - nothing, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_gates_per_latent_frame_reach_their_own_frames(dit, clip):
+    adapter = randomise(attach(dit, SMALL))
+    linear = adapter.modules["blocks.3.self_attn.q"]
+    x = torch.randn(2, 12, 24)
+    per_frame = torch.zeros(2, 2, 4)
+    per_frame[:, 0, 0] = per_frame[:, 1, 3] = 1.0
+    mixed = linear(x, adapter.gates(per_frame, clip["t"], tokens=12))
+    for frame, column in ((0, 0), (1, 3)):
+        alone = linear(x, one_hot(adapter, column, clip["t"]))
+        torch.testing.assert_close(mixed[:, frame * 6 : frame * 6 + 6], alone[:, frame * 6 : frame * 6 + 6])
+    repeated = torch.eye(4)[[1, 2]][:, None].expand(2, 2, 4)
+    torch.testing.assert_close(
+        dit(**clip, gates=adapter.gates(repeated, clip["t"], tokens=12)),
+        dit(**clip, gates=adapter.gates(repeated[:, 0], clip["t"], tokens=12)),
+    )
+
+
+def test_tokens_that_do_not_divide_among_the_frames_are_refused(dit):
+    adapter = attach(dit, SMALL)
+    with pytest.raises(ValueError, match="12 tokens of a clip do not divide among 5 gate frames"):
+        adapter.gates(torch.zeros(2, 5, 4), torch.ones(2), tokens=12)
+
+
+def test_bands_switch_the_experts_off_at_low_noise(dit, clip):
+    adapter = randomise(attach(dit, SMALL))
+    clip["t"] = torch.tensor([0.1, 0.1])
+    base_only = adapter.gates(torch.zeros(2, 4), clip["t"], tokens=12)
+    assert torch.equal(dit(**clip, gates=one_hot(adapter, 1, clip["t"])), dit(**clip, gates=base_only))
+
+
+def test_the_gate_gradient_equals_finite_differences(dit, clip):
+    adapter = randomise(attach(dit.double(), SMALL))
+    experts = torch.tensor([[0.2, 0.3, 0.4, 0.1]] * 2, dtype=torch.float64, requires_grad=True)
+    clip = clip | {"x": clip["x"].double(), "context": [c.double() for c in clip["context"]]}
+
+    def loss(gates):
+        return dit(**clip, gates=adapter.gates(gates, clip["t"], tokens=12)).square().mean()
+
+    (gradient,) = torch.autograd.grad(loss(experts), experts)
+    assert gradient.abs().min() > 0
+    step = 1e-4
+    for column in range(4):
+        shift = torch.zeros_like(experts)
+        shift[0, column] = step
+        with torch.no_grad():
+            slope = (loss(experts + shift) - loss(experts - shift)) / (2 * step)
+        torch.testing.assert_close(gradient[0, column], slope, rtol=1e-4, atol=1e-8)
+
+
+class NoHostSync(TorchDispatchMode):
+    """Fails when a value of a tensor is read by the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.item,
+        ), f"host sync by {func}"
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_host_sync_and_no_control_flow_on_data(dit, clip):
+    adapter = randomise(attach(dit, SMALL, RouterConfig(mode="learned")))
+    adapter.train_only(("experts", "router"))
+    with NoHostSync():
+        probs = adapter.router(torch.stack([c.mean(0) for c in clip["context"]]))
+        dit(**clip, gates=adapter.gates(probs, clip["t"], tokens=12)).square().mean().backward()
+    with torch.device("meta"):
+        meta = WanDiT(dit.config)
+    on_meta = attach(meta, SMALL)
+    gates = Gates(torch.zeros(2, 4, device="meta"), torch.ones(2, device="meta"), 12)
+    out = meta(clip["x"].to("meta"), clip["t"].to("meta"), [c.to("meta") for c in clip["context"]], gates)
+    assert out.is_meta and len(on_meta.modules) == 17
+
+
+def test_adapter_parameters_are_fp32_on_a_bf16_base(dit, clip):
+    adapter = attach(dit.bfloat16(), SMALL)
+    assert {p.dtype for p in adapter.parameters().values()} == {torch.float32}
+    assert dit(**clip, gates=one_hot(adapter, 0, clip["t"])).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["rank_dropout", "module_dropout"])
+def test_dropout_keeps_the_mean(kind):
+    torch.manual_seed(0)
+    config = AdapterConfig(blocks=2, **{kind: 0.5})
+    linear = LoRAMoELinear(torch.nn.Linear(6, 5), 4, 1, config)
+    torch.nn.init.normal_(linear.base_down)
+    torch.nn.init.normal_(linear.base_up)
+    x, gates = torch.randn(1, 6), Gates(torch.zeros(1, 1), torch.ones(1), 1)
+    with torch.no_grad():
+        expected = linear.eval()(x, gates)
+        linear.train()
+        draws = torch.stack([linear(x, gates) for _ in range(4000)])
+    assert (draws - draws[0]).abs().max() > 0.1
+    torch.testing.assert_close(draws.mean(0), expected, atol=0.15, rtol=0.1)
+
+
+def test_initial_values_depend_on_seed_and_name_alone(dit):
+    first = {n: p.clone() for n, p in attach(dit, SMALL, seed=3).parameters().items()}
+    torch.manual_seed(99)
+    again = attach(WanDiT(dit.config), SMALL, seed=3).parameters()
+    other = attach(WanDiT(dit.config), SMALL, seed=4).parameters()
+    name = "blocks.3.self_attn.q.expert_down"
+    assert torch.equal(first[name], again[name])
+    assert not torch.equal(first[name], other[name])
+    assert not torch.equal(first[name], first["blocks.2.self_attn.q.expert_down"])
+
+
+def test_a_second_adapter_is_refused(dit):
+    attach(dit, SMALL)
+    with pytest.raises(WanmoeError, match="has an adapter already"):
+        attach(dit, SMALL)
+
+
+@pytest.mark.parametrize(("blocks", "count"), [("last_2", 2), (3, 3), ([0, 2], 2)])
+def test_blocks_by_number_name_and_list(blocks, count):
+    config = AdapterConfig.model_validate({"blocks": blocks})
+    assert len(config.block_indices(4)) == count
+
+
+@pytest.mark.parametrize("blocks", [9, [4], []])
+def test_blocks_that_do_not_exist_are_refused(dit, blocks):
+    with pytest.raises(WanmoeError, match=r"adapter.blocks = .* does not fit a model of 4 blocks"):
+        attach(dit, AdapterConfig.model_validate({"blocks": blocks}))

@@ -1,0 +1,142 @@
+"""Adapter files: nothing frozen, everything described, the wrong file refused (traps A3, A5, A8)."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from wanmoe.moe_lora import (
+    AdapterConfig,
+    Expert,
+    RouterConfig,
+    WanmoeError,
+    attach,
+    load_adapter,
+    save_adapter,
+)
+from wanmoe.moe_lora.wan.dit import WanDiT
+
+CONFIG = AdapterConfig(
+    blocks=2,
+    ffn_blocks=1,
+    experts=(Expert(name="milk"), Expert(name="thanks", keywords=("谢谢",))),
+    fallback="milk",
+)
+
+
+@pytest.fixture
+def saved(dit, tmp_path):
+    adapter = attach(dit, CONFIG, RouterConfig(mode="learned", top_k=1))
+    for parameter in adapter.parameters().values():
+        torch.nn.init.normal_(parameter)
+    path = save_adapter(
+        adapter,
+        tmp_path / "adapter.safetensors",
+        stage="b",
+        step=7,
+        noise_expert="high",
+        base_sha256="ab" * 32,
+    )
+    return adapter, path
+
+
+def fresh(dit):
+    return WanDiT(dit.config)
+
+
+def test_round_trip_with_experts_router_and_values(saved, dit):
+    adapter, path = saved
+    loaded = load_adapter(path, fresh(dit), noise_expert="high", base_sha256="ab" * 32)
+    assert loaded.experts.names == ["milk", "thanks"] and loaded.experts.fallback == "milk"
+    assert loaded.experts.find("谢谢") == {"thanks": 1}
+    assert loaded.router_config.top_k == 1
+    assert loaded.parameters().keys() == adapter.parameters().keys()
+    for name, value in adapter.parameters().items():
+        assert torch.equal(loaded.parameters()[name], value), name
+
+
+def test_the_file_holds_the_adapter_alone(saved):
+    adapter, path = saved
+    with safe_open(path, "pt") as file:
+        names, metadata = set(file.keys()), file.metadata()
+    assert names == set(adapter.parameters())
+    assert not any(name.endswith((".weight", ".bias")) and not name.startswith("router.") for name in names)
+    assert path.stat().st_size < 4 * adapter.count() + 20_000
+    info = json.loads(metadata["info"])
+    assert (info["noise_expert"], info["stage"], info["step"], info["task"]) == ("high", "b", 7, "t2v")
+
+
+def test_the_size_on_a14b_is_that_of_17_million_parameters(tmp_path):
+    tensors = {"x": torch.zeros(17_520_640, dtype=torch.bfloat16)}
+    save_file(tensors, tmp_path / "size.safetensors")
+    assert 35_000_000 < (tmp_path / "size.safetensors").stat().st_size < 35_100_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"noise_expert": "low"}, "it belongs to the high noise expert, this model is low"),
+        ({"base_sha256": "cd" * 32}, "it was trained on base abababababab, this base is cdcdcdcdcdcd"),
+    ],
+)
+def test_another_side_or_base_is_refused_unless_asked_for(saved, dit, arguments, words):
+    _, path = saved
+    with pytest.raises(WanmoeError, match=words):
+        load_adapter(path, fresh(dit), **arguments)
+    assert load_adapter(path, fresh(dit), any_base=True, **arguments)
+
+
+def test_a_model_of_another_shape_is_refused(saved, dit):
+    _, path = saved
+    narrow = WanDiT(type(dit.config)(**{**vars(dit.config), "ffn_dim": 44}))
+    with pytest.raises(WanmoeError, match=r"2 misshapen tensors: blocks.3.ffn.0.base_up"):
+        load_adapter(path, narrow)
+
+
+def test_a_base_model_is_not_an_adapter(dit, tmp_path):
+    save_file({"blocks.0.self_attn.q.weight": torch.zeros(2, 2)}, tmp_path / "base.safetensors")
+    with pytest.raises(WanmoeError, match="not a wanmoe adapter"):
+        load_adapter(tmp_path / "base.safetensors", fresh(dit))
+
+
+def test_missing_and_unknown_tensors_are_listed(saved, dit, tmp_path):
+    _, path = saved
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors["blocks.9.self_attn.q.base_up"] = tensors.pop("blocks.3.self_attn.q.base_up")
+    save_file(tensors, tmp_path / "other.safetensors", metadata=metadata)
+    with pytest.raises(WanmoeError, match=r"1 missing tensors: blocks.3.self_attn.q.base_up"):
+        load_adapter(tmp_path / "other.safetensors", fresh(dit))
+
+
+def test_a_cut_file_is_one_clear_line(saved, dit, tmp_path):
+    _, path = saved
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(WanmoeError, match=r"cut.safetensors: not a readable safetensors file") as caught:
+        load_adapter(cut, fresh(dit))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
+    adapter, path = saved
+    before = path.read_bytes()
+
+    def full(*_arguments, **_more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wanmoe.moe_lora.adapter_file.save_file", full)
+    with pytest.raises(WanmoeError, match="No space left on device"):
+        save_adapter(adapter, path, stage="b", step=8)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_without_a_router_starts_one_afresh(dit, tmp_path):
+    path = save_adapter(attach(dit, CONFIG), tmp_path / "a.safetensors", stage="a", step=1)
+    loaded = load_adapter(path, fresh(dit), router=RouterConfig(mode="learned"))
+    assert loaded.router is not None and loaded.router.out.weight.abs().sum() > 0
+    shutil.rmtree(tmp_path)
