@@ -1,4 +1,5 @@
-"""The `wanmoe` command. Each subcommand checks its arguments, then hands over to the room that does the work."""
+"""The `wanmoe` command. Each subcommand checks its arguments, then hands over to the room that does the
+work."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def synth(
         Path | None, typer.Option(help="Video to draw on instead of procedural tissue.")
     ] = None,
 ) -> None:
-    """Draw synthetic scenes: four instruments over moving tissue, with exact tips, masks, boxes and captions."""
+    """Draw synthetic scenes: four instruments over moving tissue, with exact tips, masks, boxes and
+    captions."""
     from ..train.synth import synth_clips
 
     path = synth_clips(
@@ -66,24 +68,38 @@ def prepare(
     tokenizer: Tokenizer = None,
     size: Size = (480, 832),
     frames: Annotated[int, typer.Option(help="Frames per sample, 4 n + 1.")] = 81,
-    fps: Annotated[
-        float | None, typer.Option(help="Resample to this rate; default: keep the clip's own.")
-    ] = 16.0,
+    fps: Annotated[float, typer.Option(help="Resample to this rate; 0 keeps the clip's own.")] = 16.0,
     stride: Annotated[int | None, typer.Option(help="Frames between the windows of one clip.")] = None,
     val_fraction: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Share of the sources held out.")
     ] = 0.2,
     task: Annotated[str, typer.Option(help="t2v or i2v.")] = "t2v",
-    config: Annotated[
-        Path | None, typer.Option(help="Config whose adapter.experts label the captions.")
+    experts: Annotated[
+        Path | None, typer.Option(help="Config whose adapter.experts name the labels.")
     ] = None,
     seed: int = 0,
 ) -> None:
     """Encode clips into latent shards: latent, text, ROI and labels, verified by checksums."""
-    from .prepare import prepare_clips
+    from ..moe_lora.wan.codec import load_vae
+    from ..moe_lora.wan.text import load_text_encoder
+    from ..train.clips import clips_from_folder, read_clip_list
+    from ..train.prepare import prepare as run
+    from .config import load_experts
 
-    prepare_clips(
-        clips, out, vae, text, tokenizer, size, frames, fps, stride, val_fraction, task, config, seed
+    listed = clips_from_folder(clips) if clips.is_dir() else read_clip_list(clips)
+    run(
+        listed,
+        out,
+        codec=load_vae(vae),
+        text_encoder=load_text_encoder(text, tokenizer_path=tokenizer),
+        experts=load_experts(experts),
+        size=size,
+        frames=frames,
+        fps=fps or None,
+        window_stride=stride,
+        val_fraction=val_fraction,
+        seed=seed,
+        task=task,
     )
 
 
@@ -135,6 +151,86 @@ def evaluate(
 
 
 @app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What to show; Chinese or English.")],
+    dit: Annotated[Path, typer.Option(help="DiT weights: the low-noise model, or the only one.")],
+    vae: Vae,
+    text: Text,
+    output_path: Annotated[Path, typer.Option(help="mp4 to write.")] = Path("output.mp4"),
+    task: Annotated[str, typer.Option(help="t2v-A14B, i2v-A14B, t2v or i2v.")] = "t2v",
+    dit_high_noise: Annotated[Path | None, typer.Option(help="High-noise DiT weights.")] = None,
+    tokenizer: Tokenizer = None,
+    lora_moe_weights: Annotated[
+        list[Path] | None, typer.Option(help="Adapter file; twice for low and high noise, in this order.")
+    ] = None,
+    instrument_hint: Annotated[str | None, typer.Option(help="Expert to use alone.")] = None,
+    mix: Annotated[list[str] | None, typer.Option(help="NAME=WEIGHT, several times.")] = None,
+    image_path: Annotated[Path | None, typer.Option(help="First frame, for i2v.")] = None,
+    num_frames: Annotated[int, typer.Option(help="4 n + 1.")] = 81,
+    video_size: Size = (256, 256),
+    num_steps: Annotated[int, typer.Option(min=1, help="Solver steps.")] = 40,
+    guidance_scale: Annotated[float, typer.Option(help="1 is no guidance.")] = 7.5,
+    flow_shift: float = 7.0,
+    solver: Annotated[str, typer.Option(help="unipc, dpm++ or euler.")] = "unipc",
+    negative_prompt: Annotated[str | None, typer.Option(help="Default: Wan's own.")] = None,
+    alpha_base: Annotated[float, typer.Option(help="Strength of the base adapter.")] = 0.7,
+    alpha_expert: Annotated[float, typer.Option(help="Strength of the experts.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Default: drawn, and printed.")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
+    any_base: Annotated[bool, typer.Option(help="Take an adapter of another base or side.")] = False,
+) -> None:
+    """Generate a video from a prompt, with the experts of a hint, a mix, the learned router or the prompt."""
+    import logging
+
+    from tqdm import tqdm
+
+    from ..infer import LoRAMoEInference
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("wanmoe").setLevel(logging.INFO)
+    adapters = lora_moe_weights or [None]
+    if len(adapters) > 2:
+        raise WanmoeError(
+            f"--lora_moe_weights was given {len(adapters)} times; give one file, or low and high"
+        )
+    pipeline = LoRAMoEInference(
+        task,
+        dit,
+        vae_path=vae,
+        t5_path=text,
+        lora_moe_weights=adapters[0] if len(adapters) == 1 else (adapters[0], adapters[1]),
+        dit_high_noise_path=dit_high_noise,
+        alpha_base=alpha_base,
+        alpha_expert=alpha_expert,
+        device=device,
+        tokenizer_path=tokenizer,
+        any_base=any_base,
+    )
+    with tqdm(total=num_steps, desc="generate") as bar:
+
+        def progress(step: int, steps: int, side: str) -> None:
+            bar.set_postfix_str(f"{side} noise")
+            bar.update(step - bar.n)
+
+        pipeline.generate(
+            prompt,
+            instrument_hint,
+            image_path,
+            num_frames,
+            video_size,
+            num_steps,
+            guidance_scale,
+            flow_shift,
+            seed,
+            output_path,
+            mix=parse_mix(mix or []),
+            solver=solver,
+            negative_prompt=negative_prompt,
+            progress=progress,
+        )
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
     clips: Annotated[Path | None, typer.Option(help="Folder of your own videos (and captions).")] = None,
@@ -150,11 +246,21 @@ def demo(
 def main() -> None:
     """Entry point: a fault in what the user gave is one line on standard error and exit code 2."""
     try:
+        # Users of the seed type --num_frames, users of click --num-frames: both are the same.
+        sys.argv[1:] = [_dashed(word) for word in sys.argv[1:]]
         app()
     except WanmoeError as error:
         rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
         sys.stderr.write(f"wanmoe: error{rank}: {error}\n")
         sys.exit(2)
+
+
+def _dashed(word: str) -> str:
+    """--num_frames as --num-frames; values and --section.key options stay as they are."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return word if "." in name else name.replace("_", "-") + equals + value
 
 
 def parse_mix(words: list[str]) -> dict[str, float] | None:

@@ -1,4 +1,5 @@
-"""One TOML file, typed: read, overridden from the command line, checked once, with errors that name the nearest key."""
+"""One TOML file, typed: read, overridden from the command line, checked once, with errors that name the
+nearest key."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from ..moe_lora import WanmoeError
+from ..moe_lora import AdapterConfig, ExpertSet, WanmoeError
 from ..train.config import Section, TrainerConfig
 
 if sys.version_info >= (3, 11):
@@ -50,17 +51,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         WanmoeError: not readable, an unknown key (with the nearest valid one), or a value that does not fit.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise WanmoeError(f"{path}: cannot read the config ({error.strerror})") from error
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise WanmoeError(f"{path}: not valid TOML: {error}") from error
+    tree = _read_toml(path)
     resolve_paths(tree, path.parent)
     apply_overrides(tree, overrides)
     return parse_config(tree, str(path))
+
+
+def load_experts(path: Path | None) -> ExpertSet:
+    """The experts of a config file's `adapter` section alone; the four surgical families without one."""
+    if path is None:
+        return ExpertSet()
+    tree = _read_toml(path)
+    try:
+        return AdapterConfig.model_validate(tree.get("adapter", {})).expert_set
+    except ValidationError as error:
+        raise WanmoeError(f"{path}: adapter.{_first_problem(error)}") from error
 
 
 def parse_config(tree: dict[str, Any], source: str) -> Config:
@@ -69,6 +74,17 @@ def parse_config(tree: dict[str, Any], source: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise WanmoeError(f"{source}: {_first_problem(error)}") from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise WanmoeError(f"{path}: cannot read the config ({error.strerror})") from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise WanmoeError(f"{path}: not valid TOML: {error}") from error
 
 
 def resolve_paths(tree: dict[str, Any], folder: Path) -> None:

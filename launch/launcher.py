@@ -50,12 +50,14 @@ def local_ranks(config: LaunchConfig) -> int:
 
 
 def environment(config: LaunchConfig) -> dict[str, str]:
-    """The environment of the ranks: DeepSpeed's CPU accelerator where there is no GPU, and cores shared fairly."""
+    """The environment of the ranks: DeepSpeed's CPU accelerator where there is no GPU, and cores shared
+    fairly."""
     env = dict(os.environ)
     if not torch.cuda.is_available():
         env.setdefault("DS_ACCELERATOR", "cpu")
         threads = max((os.cpu_count() or 1) // local_ranks(config), 1)
         env.setdefault("OMP_NUM_THREADS", str(threads))
-    # ninja, which compiles DeepSpeed's shared-memory collectives at the first start, lies beside the interpreter.
+    # ninja, which compiles DeepSpeed's shared-memory collectives at the first start, lies beside the
+    # interpreter.
     env["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), env.get("PATH", "")])
     return env

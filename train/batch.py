@@ -80,7 +80,8 @@ def collate(samples: Sequence[Sample], positions: Sequence[int], gates: LabelGat
 
 
 def instrument_weights(dataset: ShardDataset) -> list[float]:
-    """Sampling weights that draw every instrument equally often: 1 / clips of the sample's main instrument."""
+    """Sampling weights that draw every instrument equally often: 1 / clips of the sample's main
+    instrument."""
     main = [_main(dataset.instruments(index)) for index in range(len(dataset))]
     counts = Counter(main)
     return [1 / counts[name] for name in main]
@@ -93,8 +94,8 @@ def _main(instruments: Sequence[tuple[str, float]]) -> str:
 class TrainBatches:
     """Endless batches of one rank from a given step on; the same samples for any number of ranks.
 
-    The global batch of a step is batch x world x accumulation consecutive positions of the sample order; forward
-    m of rank r takes the (m * world + r)-th run of `batch` positions.
+    The global batch of a step is batch x world x accumulation consecutive positions of the sample order;
+    forward m of rank r takes the (m * world + r)-th run of `batch` positions.
     """
 
     def __init__(

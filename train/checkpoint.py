@@ -1,8 +1,10 @@
-"""Resume states: what trains, its fp32 masters and moments, and where the run stood; committed whole or not at all.
+"""Resume states: what trains, its fp32 masters and moments, and where the run stood; committed whole or not
+at all.
 
-A state is a folder `resume/step_XXXXXXXX/{state.safetensors, trainer.json, manifest.json}`. It is written under a
-temporary name, flushed, given a manifest of sha256 sums and renamed; a folder whose manifest does not verify is
-never resumed from. Nothing frozen is in it and it does not depend on the world size.
+A state is a folder `resume/step_XXXXXXXX/{state.safetensors, trainer.json, manifest.json}`. It is written
+under a
+temporary name, flushed, given a manifest of sha256 sums and renamed; a folder whose manifest does not verify
+is never resumed from. Nothing frozen is in it and it does not depend on the world size.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from typing import Any
 import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
-    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
     safe_set_full_fp32_param,
@@ -40,7 +41,8 @@ FILES = ("state.safetensors", "trainer.json")
 
 
 def gather_parameters(trainable: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """fp32 masters of the trainable parameters on the host; a collective, and the frozen ones are not touched."""
+    """fp32 masters of the trainable parameters on the host; a collective, and the frozen ones are not
+    touched."""
     return {name: _whole(p, safe_get_full_fp32_param(p)) for name, p in trainable.items()}
 
 
@@ -79,7 +81,8 @@ def _set(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
         else:
             safe_set_full_optimizer_state(parameter, value, key)
         return
-    # ZeRO-3 pads a parameter that does not divide by the world size; its own setter for whole values does not.
+    # ZeRO-3 pads a parameter that does not divide by the world size; its own setter for whole values does
+    # not.
     local = safe_get_local_fp32_param(parameter)
     size, rank = local.numel(), torch.distributed.get_rank()
     part = value.flatten()[size * rank : size * (rank + 1)].to(local.device)
@@ -94,7 +97,8 @@ def commit(folder: Path, tensors: dict[str, Tensor], trainer: dict[str, Any], ke
     """Writes one resume state (rank 0 only) and prunes the older ones to `keep`.
 
     Raises:
-        WanmoeError: no space left or not writable; earlier states are untouched and nothing half-written stays.
+        WanmoeError: no space left or not writable; earlier states are untouched and nothing half-written
+        stays.
     """
     target = folder / f"step_{trainer['step']:08d}"
     staging = folder / f".tmp-{uuid.uuid4().hex[:12]}"

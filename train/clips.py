@@ -1,14 +1,14 @@
 """Clip lists: which pieces of which videos there are, what they show, and which of them are held out.
 
-A list is `clips.jsonl`, one JSON object a line, paths relative to the file; or a folder of videos whose names are their
-labels. Letters: F frames.
+A list is `clips.jsonl`, one JSON object a line, paths relative to the file; or a folder of videos
+whose names are their labels. Letters: F frames.
 """
 
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ _TOOLS = re.compile(r"\[\s*tools?\s+(?:in|observed)\s*:\s*([^\]]*)\]", re.IGNORE
 
 @dataclass(frozen=True)
 class Clip:
-    """One piece of a video with what is known about it; `None` and empty mean that it was not said."""
+    """One piece of a video with what is known about it; None and empty: it was not said."""
 
     video_path: Path
     caption: str
@@ -33,7 +33,7 @@ class Clip:
     """Where it was read, for messages: "clips.jsonl:12"."""
     caption_zh: str | None = None
     instruments: tuple[tuple[str, float], ...] | None = None
-    """(name, weight), weights summing to 1; () says that there is no instrument, None that nothing was said."""
+    """(name, weight), weights summing to 1; () says that there is none, None that nothing was said."""
     instrument_label: int | None = None
     """Index into the expert set."""
     tools: str = ""
@@ -46,7 +46,9 @@ class Clip:
     boxes: tuple[tuple[float, ...], ...] = ()
     """Rows (frame, x, y, width, height)."""
     masks: Path | None = None
-    """PNG [F * H, W]: the masks of the clip's frames, from `start_frame` on, stacked vertically."""
+    """PNG [F * H, W]: the masks of the clip's frames, stacked vertically."""
+    masks_from: int = 0
+    """The frame of the video to which the first mask belongs."""
 
 
 class Window(NamedTuple):
@@ -57,7 +59,8 @@ class Window(NamedTuple):
 
 
 def read_clip_list(path: str | Path) -> list[Clip]:
-    """Read `clips.jsonl`; needs `video_path` and `caption` on every line, and takes the other fields of `Clip`.
+    """Read `clips.jsonl`; needs `video_path` and `caption` on every line, and takes the other fields of
+    `Clip`.
 
     A trailing ` [3s]` after the object is accepted. Raises `WanmoeError` that names file, line and cause.
     """
@@ -82,8 +85,9 @@ def read_clip_list(path: str | Path) -> list[Clip]:
 def clips_from_folder(folder: str | Path) -> list[Clip]:
     """The clips of a folder: its `clips.jsonl` where there is one, else every video in it and its subfolders.
 
-    A video's label is its file name without trailing digits (`scissors_003.mp4` -> "scissors"), or its folder's name
-    where nothing is left; its caption is the first line of `<stem>.txt` beside it, else the label.
+    A video's label is its file name without trailing digits (`scissors_003.mp4` -> "scissors"), or its
+    folder's name where nothing is left; its caption is the first line of `<stem>.txt` beside it, else the
+    label.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -112,16 +116,18 @@ def clips_from_folder(folder: str | Path) -> list[Clip]:
 
 
 def instrument_names(clips: Iterable[Clip]) -> list[str]:
-    """The distinct names in the clips' `instruments`, sorted: the experts of a set that is given by its labels."""
+    """The distinct names in the clips' `instruments`, sorted: the experts of a set given by labels."""
     return sorted({name for clip in clips for name, _ in clip.instruments or ()})
 
 
 def windows(
     clip: Clip, info: VideoInfo, *, frames: int, fps: float | None = None, stride: int | None = None
 ) -> list[Window]:
-    """Cut a clip into windows of `frames` (4 n + 1), `stride` apart, both counted at `fps` (the file's rate when None).
+    """Cut a clip into windows of `frames` (4 n + 1), `stride` apart, both counted at `fps` (the file's rate
+    when None).
 
-    The stride is `frames` unless given, so windows do not overlap. Empty where the clip is shorter than one window.
+    The stride is `frames` unless given, so windows do not overlap. Empty where the clip is shorter than one
+    window.
     """
     if frames < 1 or frames % 4 != 1:
         raise WanmoeError(f"frames is {frames}, but a clip of the model has 4 n + 1 frames (17, 33, 81, ...)")
@@ -171,6 +177,7 @@ def _clip(line: str, path: Path, origin: str) -> Clip:
         split=_split(row, origin),
         start_frame=_whole(row, "start_frame", 0, origin) or 0,
         num_frames=_whole(row, "num_frames", 1, origin),
+        masks_from=_whole(row, "start_frame", 0, origin) or 0,
         tips=_rows(row, "tips", 3, origin),
         boxes=_rows(row, "boxes", 5, origin),
         masks=path.parent / row["masks"] if _text(row, "masks", origin) else None,
@@ -223,8 +230,8 @@ def _instruments(value: object, origin: str) -> tuple[tuple[str, float], ...] | 
             name, weight = one.get("name"), one.get("weight", 1.0)
         if not isinstance(name, str) or not name or not _number(weight) or float(weight or 0) <= 0:
             raise WanmoeError(
-                f'{origin}: "instruments" is a list of names or of {{"name", "weight"}} with positive weights, '
-                f"got {one!r}"
+                f'{origin}: "instruments" is a list of names or of {{"name", "weight"}} with positive '
+                f"weights, got {one!r}"
             )
         pairs.append((name, float(weight or 0)))
     total = sum(weight for _, weight in pairs)

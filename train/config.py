@@ -1,4 +1,5 @@
-"""The sections of a training config, one docstring per field; composed and read from TOML by `wanmoe.launch.config`."""
+"""The sections of a training config, one docstring per field; composed and read from TOML by
+`wanmoe.launch.config`."""
 
 from __future__ import annotations
 

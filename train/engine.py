@@ -1,4 +1,5 @@
-"""From a config to a DeepSpeed engine: the module that it shards, its settings, and what they are derived from.
+"""From a config to a DeepSpeed engine: the module that it shards, its settings, and what they are derived
+from.
 
 Letters: B clips, C latent channels, F, H, W latent frames, height, width, E experts, D text width.
 """
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from ..moe_lora.wan.dit import WanDiT
     from .config import TrainerConfig
 
-# Below this a NaN on one rank poisons bf16 ZeRO-3, and below 0.19.3 checkpointing fails with frozen parameters.
+# Below this a NaN on one rank poisons bf16 ZeRO-3, and below 0.19.3 checkpointing fails with frozen
+# parameters.
 DEEPSPEED_FLOOR = (0, 19, 8)
 # One bucket of at most this many gradient elements: DeepSpeed's default of 5e8 allocates 2 GB for any model.
 MAX_BUCKET = 200_000_000
@@ -33,8 +35,8 @@ MAX_BUCKET = 200_000_000
 class RoutedDiT(nn.Module):
     """The DiT, and the router where one is learned, as the one module that an engine owns.
 
-    Gates are made inside the forward from its arguments, so that ZeRO-3 gathers the router like any layer and no
-    module holds state between calls.
+    Gates are made inside the forward from its arguments, so that ZeRO-3 gathers the router like any layer and
+    no module holds state between calls.
     """
 
     def __init__(self, dit: WanDiT, adapter: Adapter | None, spec: StageSpec) -> None:
@@ -55,8 +57,8 @@ class RoutedDiT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(v [B, C, F, H, W], expert gates before band and alpha [B, E]).
 
-        x [B, C, F, H, W] at t [B]; context: text of each clip; pooled [B, D]: its mean, which a learned router
-        reads; rule [B, E]: gates by label.
+        x [B, C, F, H, W] at t [B]; context: text of each clip; pooled [B, D]: its mean, which a learned
+        router reads; rule [B, E]: gates by label.
         """
         probs = self.expert_gates(pooled, rule)
         if self.adapter is None or self.spec.routing == "frozen":

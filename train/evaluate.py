@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..moe_lora import Adapter, load_adapter
+from ..moe_lora import Adapter, ExpertSet, RouterConfig, load_adapter
+from ..moe_lora.adapter_file import read_adapter
+from ..moe_lora.routing import LearnedRouter, RuleRouter, pool_text, top_k
 from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weights import dit_hash, load_dit
 from .batch import Batch, LabelGates
@@ -26,14 +28,12 @@ def evaluate_files(
 ) -> dict[str, Any]:
     """Loads a base and an adapter and measures them on the held-out split; see `evaluate`."""
     dit = load_dit(dit_path)
-    adapter = None
-    stage = "frozen"
-    if adapter_path is not None:
-        from ..moe_lora.adapter_file import read_adapter
-
-        stage = read_adapter(adapter_path)[0].stage
-        adapter = load_adapter(adapter_path, dit, base_sha256=dit_hash(dit_path))
-    return evaluate(dit, adapter, ShardDataset(shards, "val"), stage, wrong_expert)
+    dataset = ShardDataset(shards, "val")
+    if adapter_path is None:
+        return evaluate(dit, None, dataset, "pretrain")
+    stage = read_adapter(adapter_path)[0].stage
+    adapter = load_adapter(adapter_path, dit, base_sha256=dit_hash(dit_path))
+    return evaluate(dit, adapter, dataset, stage, wrong_expert)
 
 
 def evaluate(
@@ -42,15 +42,13 @@ def evaluate(
     """Mean loss, loss per noise level and per instrument; with `wrong_expert` also a [label][expert] matrix.
 
     Args:
-        stage: how the adapter was trained ("a", "b", "c"), which says where its gates come from; "frozen" for none.
-        wrong_expert: measure every clip with each expert alone: row = the clip's instrument, column = the expert.
+        stage: row of the stage table that says where gates come from: "a", "b", "c", "pretrain" for no
+        adapter.
+        wrong_expert: measure every clip with each expert alone: row = the clip's instrument, column = the
+        expert.
     """
-    spec = STAGES["pretrain" if adapter is None else stage]
-    labels = [
-        max(dataset.instruments(i), key=lambda pair: pair[1], default=("", 0.0))[0]
-        for i in range(len(dataset))
-    ]
-    losses = _losses(dit, adapter, dataset, spec)
+    labels = [main_instrument(dataset, index) for index in range(len(dataset))]
+    losses = _losses(dit, adapter, dataset, STAGES[stage])
     figures: dict[str, Any] = {
         "loss": float(losses.mean()),
         "clips": len(dataset),
@@ -70,6 +68,37 @@ def evaluate(
     return figures
 
 
+def main_instrument(dataset: ShardDataset, index: int) -> str:
+    """Name of the instrument with the largest weight of a sample; "" without any."""
+    return max(dataset.instruments(index), key=lambda pair: pair[1], default=("", 0.0))[0]
+
+
+@torch.no_grad()
+def held_out_gates(adapter_path: Path, dataset: ShardDataset) -> dict[str, dict[str, list[float]]]:
+    """Mean gates per instrument on the held-out captions: {"router": learned, "rule": by the words}.
+
+    Needs the adapter file alone: the router reads text, not video.
+    """
+    info, tensors = read_adapter(adapter_path)
+    experts = info.adapter.expert_set
+    router = LearnedRouter(tensors["router.hidden.weight"].shape[1], len(experts), info.router.hidden_dim)
+    router.temperature = info.router.temperature
+    router.load_state_dict(
+        {n.removeprefix("router."): v for n, v in tensors.items() if n.startswith("router.")}
+    )
+    rule = RuleRouter(experts, info.router.top_k, info.router.temperature)
+    rows: dict[str, dict[str, list[Tensor]]] = {"router": {}, "rule": {}}
+    for index in range(len(dataset)):
+        sample, label = dataset[index], main_instrument(dataset, index)
+        learned = top_k(router(pool_text([sample.context])), info.router.top_k)[0]
+        rows["router"].setdefault(label, []).append(learned)
+        rows["rule"].setdefault(label, []).append(rule.route(prompt=sample.caption))
+    return {
+        kind: {label: torch.stack(gates).mean(0).tolist() for label, gates in by_label.items()}
+        for kind, by_label in rows.items()
+    }
+
+
 def _losses(
     dit: WanDiT, adapter: Adapter | None, dataset: ShardDataset, spec: StageSpec, one_hot: int | None = None
 ) -> Tensor:
@@ -83,11 +112,9 @@ def _losses(
         v: Tensor = module(x_t, t, batch.context, batch.pooled, rule, batch.image_latent)[0]
         return v
 
-    from ..moe_lora import ExpertSet, RouterConfig
-
     experts = adapter.experts if adapter is not None else ExpertSet()
     router = adapter.router_config if adapter is not None else RouterConfig()
-    needed = adapter is not None and spec.routing == "labels" and one_hot is None
+    needed = spec.routing == "labels" and one_hot is None
     return held_out_losses(predict, dataset, LabelGates(experts, router, needed))
 
 

@@ -1,4 +1,5 @@
-"""One training run of one stage on one rank: batch, noise, gates, forward, loss, backward, guard, step, log, save."""
+"""One training run of one stage on one rank: batch, noise, gates, forward, loss, backward, guard, step, log,
+save."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from typing import Any
 import tomli_w
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,6 +34,8 @@ from .shards import ShardDataset
 from .stages import StageSpec, select_trainable, stage_of
 from .tracking import Tracker
 from .validate import held_out_losses, levels_within
+
+CHOOSE = "choose another train.run or set train.resume = false"
 
 
 def train(config: TrainerConfig) -> Path:
@@ -79,7 +83,8 @@ class Trainer:
         self.stop_signal: int | None = None
         self.tracker = self._tracker(trainer)
 
-    # -- set-up ------------------------------------------------------------------------------------------------
+    # -- set-up
+    # ------------------------------------------------------------------------------------------------
 
     def _load_data(self) -> None:
         config = self.config
@@ -121,18 +126,19 @@ class Trainer:
         for key, value in self._identity().items():
             if trainer.get(key) != value:
                 raise WanmoeError(
-                    f"{self.run}/resume: belongs to another run ({key} was {trainer.get(key)!r}, is {value!r}); "
-                    "choose another train.run or set train.resume = false"
+                    f"{self.run}/resume: belongs to another run ({key} was {trainer.get(key)!r}, is "
+                    f"{value!r}); {CHOOSE}"
                 )
-        names = {name.split("/", 1)[1] for name in state}
-        if names != set(self.trainable):
+        other = sorted({name.split("/", 1)[1] for name in state} ^ set(self.trainable))
+        if other:
             raise WanmoeError(
-                f"{self.run}/resume: {len(names ^ set(self.trainable))} parameters differ from this config's, e.g. "
-                f"{sorted(names ^ set(self.trainable))[0]}; choose another train.run or set train.resume = false"
+                f"{self.run}/resume: {len(other)} parameters differ from this config's, e.g. {other[0]}; "
+                f"{CHOOSE}"
             )
 
     def _identity(self) -> dict[str, Any]:
-        """What must not change between a run and its resume; the world size may, if the global batch stays."""
+        """What must not change between a run and its resume; the world size may, if the global batch
+        stays."""
         return {
             "stage": self.config.train.stage,
             "seed": self.config.train.seed,
@@ -143,7 +149,8 @@ class Trainer:
         }
 
     def _frozen_adapter_parts(self) -> dict[str, Tensor]:
-        """Copies of the adapter tensors that do not train in this stage, taken before the engine shards them."""
+        """Copies of the adapter tensors that do not train in this stage, taken before the engine shards
+        them."""
         if self.adapter is None:
             return {}
         parameters = self.adapter.parameters()
@@ -170,14 +177,16 @@ class Trainer:
         return (
             f"stage {self.config.train.stage}: {self._trainable_count():,} trainable parameters, {prefix}, "
             f"{len(self.batches.dataset)} clips, {len(self.held_out)} held out, global batch "
-            f"{self.batches.global_batch} on {self.world} ranks ({self.device.type}), t in {list(self.t_range)}"
+            f"{self.batches.global_batch} on {self.world} ranks ({self.device.type}), "
+            f"t in {list(self.t_range)}"
         )
 
     def _say(self, line: str) -> None:
         if self.rank == 0:
             tqdm.write(line, file=sys.stderr)
 
-    # -- the loop ----------------------------------------------------------------------------------------------
+    # -- the loop
+    # ----------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
         """Trains up to train.steps; on SIGTERM or SIGINT saves within a step and returns."""
@@ -308,13 +317,13 @@ class Trainer:
     def _check_gradients(self, last: bool) -> None:
         """Every parameter of the stage must have had a non-zero gradient by the end of the first epoch.
 
-        Not at once: a down projection has none before its up projection has moved, and experts have none before
-        one of their clips came by at a noise level of their band.
+        Not at once: a down projection has none before its up projection has moved, and experts have none
+        before one of their clips came by at a noise level of their band.
         """
         if not last or not self.unseen_gradients:
             return
         for name in sorted(self.unseen_gradients):
-            gradient = checkpoint.safe_get_full_grad(self.trainable[name])
+            gradient = safe_get_full_grad(self.trainable[name])
             if gradient is not None and bool(gradient.any()):
                 self.unseen_gradients.discard(name)
         epoch = math.ceil(len(self.batches.dataset) / self.batches.global_batch) + 2
@@ -322,13 +331,14 @@ class Trainer:
         dead = sorted(self.unseen_gradients)
         if self.step == deadline and dead and self.step >= 3:
             raise WanmoeError(
-                f"{len(dead)} of {len(self.trainable)} parameters of stage {self.config.train.stage} have had no "
-                f"gradient in {self.step + 1} steps, e.g. {dead[0]}"
+                f"{len(dead)} of {len(self.trainable)} parameters of stage {self.config.train.stage} "
+                f"have had no gradient in {self.step + 1} steps, e.g. {dead[0]}"
             )
         if self.step >= deadline:
             self.unseen_gradients.clear()
 
-    # -- figures and files ---------------------------------------------------------------------------------------
+    # -- figures and files
+    # ---------------------------------------------------------------------------------------
 
     def _log(self, values: dict[str, float]) -> None:
         if self.tracker is not None:

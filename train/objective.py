@@ -1,6 +1,7 @@
 """Flow matching: where t is drawn, the noised latent, its target and loss.
 
-Letters: B clips, C latent channels, F, H, W latent frames, height, width. t is sigma in [0, 1], 1 is pure noise.
+Letters: B clips, C latent channels, F, H, W latent frames, height, width. t is sigma in [0, 1], 1 is pure
+noise.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from .config import ObjectiveConfig
 def draw_t(u: Tensor, config: ObjectiveConfig, t_range: tuple[float, float]) -> Tensor:
     """Maps uniform u in [0, 1) to t, distributed as configured and sliced exactly to t_range.
 
-    Every distribution is a rising function of u, so its slice is a slice of u: no rejection, no rescaling, and
-    the shape inside the range stays that of the whole distribution.
+    Every distribution is a rising function of u, so its slice is a slice of u: no rejection, no rescaling,
+    and the shape inside the range stays that of the whole distribution.
     """
     low, high = (_quantile_of(bound, config) for bound in t_range)
     t = _t_of(low + (high - low) * u.double(), config)
@@ -50,7 +51,8 @@ def sample_generator(seed: int, position: int, purpose: str) -> torch.Generator:
 
 
 def noised(latent: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(x_t, target v) of clean latents [B, C, F, H, W] at t [B]: x_t = (1 - t) x0 + t noise, v = noise - x0."""
+    """(x_t, target v) of clean latents [B, C, F, H, W] at t [B]: x_t = (1 - t) x0 + t noise, v = noise -
+    x0."""
     s = t.view(-1, 1, 1, 1, 1).to(latent.dtype)
     return (1 - s) * latent + s * noise, noise - latent
 

@@ -16,6 +16,7 @@ from .shards import (
     ShardError,
     check_size,
     histogram,
+    histogram_lines,
     read_index,
     read_manifest,
 )
@@ -40,6 +41,16 @@ class ShardReport:
     def ok(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problems
+
+    def __str__(self) -> str:
+        samples = ", ".join(f"{count} {split}" for split, count in sorted(self.samples.items()))
+        lines = [
+            f"{self.root}: {samples} samples in {self.shards} sound shards, {self.bytes / 2**20:.1f} MiB"
+        ]
+        lines += histogram_lines(self.histogram)
+        if self.shared_sources:
+            lines.append(f"{len(self.shared_sources)} videos are in several splits: held-out moments of them")
+        return "\n".join([*lines, *(f"FAULT {problem}" for problem in self.problems)])
 
 
 def verify_shards(root: str | Path) -> ShardReport:

@@ -214,6 +214,14 @@ def histogram(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     return {split: dict(sorted(counts[split].items())) for split in sorted(counts)}
 
 
+def histogram_lines(counts: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The histogram as text, a line per split."""
+    return [
+        f"{split}: " + ", ".join(f"{name} {weight:g}" for name, weight in own.items())
+        for split, own in counts.items()
+    ]
+
+
 def _read(root: Path, row: Mapping[str, Any], part: str) -> bytes:
     place = row["parts"].get(part)
     if place is None:

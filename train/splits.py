@@ -1,4 +1,4 @@
-"""Which clips are held out: whole videos where there are several of a kind, moments of the one video otherwise."""
+"""Which clips are held out: videos where there are several of a kind, else moments of the only one."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,9 +24,10 @@ def assign_splits(
 ) -> tuple[list[Clip], list[str]]:
     """Give every clip without a `split` one; returns the clips, some cut in two, and notes for the user.
 
-    Held out is about `val_fraction` of the sources of every label that has several. A label with a single source is cut
-    in time, head for training and tail for validation, where both hold a window of `frames` at `fps`. `labels` are the
-    instruments of each clip. Clips that name their split keep it, and where any is "val" nothing more is held out.
+    Held out is about `val_fraction` of the sources of every label that has several. A label with a single
+    source is cut in time, head for training and tail for validation, where both hold a window of `frames` at
+    `fps`. `labels` are the instruments of each clip. Clips that name their split keep it, and where any is
+    "val" nothing more is held out.
     """
     if not 0 <= val_fraction < 1:
         raise WanmoeError(f"val_fraction is {val_fraction}; it lies in [0, 1)")

@@ -19,7 +19,8 @@ Routing = Literal["frozen", "base", "labels", "router"]
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One row: parts that train, where expert gates come from, and the defaults of the seed for this stage."""
+    """One row: parts that train, where expert gates come from, and the defaults of the seed for this
+    stage."""
 
     trains: tuple[Part, ...]
     routing: Routing

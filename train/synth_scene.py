@@ -185,4 +185,4 @@ def _footage(
     piece = footage[picks, top : top + height, left : left + width]
     if rng.uniform() < 0.5:
         piece = piece[:, :, ::-1]
-    return np.asarray(piece, np.float32) / 255
+    return np.asarray(piece, np.float32) / np.float32(255)

@@ -204,4 +204,4 @@ def downsample(canvas: Canvas) -> tuple[NDArray[np.float32], NDArray[np.float32]
     size = (canvas.cover.shape[1] // OVERSAMPLE, canvas.cover.shape[0] // OVERSAMPLE)
     colour = cv2.resize(canvas.colour, size, interpolation=cv2.INTER_AREA)
     cover = cv2.resize(canvas.cover, size, interpolation=cv2.INTER_AREA)
-    return colour.astype(np.float32) / 255, cover.astype(np.float32) / 255
+    return np.asarray(colour, np.float32) / np.float32(255), np.asarray(cover, np.float32) / np.float32(255)

@@ -62,7 +62,8 @@ class Tracker:
                 client.update_run(self.run_id, status="RUNNING")
         except MlflowException as error:
             raise WanmoeError(
-                f"MLflow at {uri}: {str(error).splitlines()[0]}; check tracking.uri or set tracking.enabled = false"
+                f"MLflow at {uri}: {str(error).splitlines()[0]}; check tracking.uri, or set "
+                "tracking.enabled = false"
             ) from error
         self._client = client
 

@@ -39,7 +39,8 @@ def held_out_losses(
     batch: int = 8,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Flow-matching loss per clip and noise level, [N, T], whole on every rank of the process group if there is one.
+    """Flow-matching loss per clip and noise level, [N, T], whole on every rank of the process group if there
+    is one.
 
     Args:
         predict: (x_t [B, ...], t [B], batch) -> v. Called equally often on all ranks, as ZeRO-3 needs.

@@ -1,0 +1,96 @@
+"""A small set of labelled shards, a base and configs that train on it in a second or two a run."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import tomli_w
+import torch
+from wanmoe.launch.config import LaunchConfig
+from wanmoe.launch.launcher import command, environment
+from wanmoe.moe_lora.wan.config import WanConfig
+from wanmoe.moe_lora.wan.dit import WanDiT
+from wanmoe.moe_lora.wan.weights import save_dit
+from wanmoe.train.shard_writer import ShardWriter
+
+NAMES = ("Scissors", "Hook/Electrocautery", "Suction", "Other")
+STAND_IN = {"name": "test", "fingerprint": "0" * 64, "stand_in": True}
+CONFIG = WanConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=3, text_dim=16, text_len=8, freq_dim=16)
+
+
+def write_shards(root: Path, labelled: bool = True, count: int = 12) -> Path:
+    """Clips whose latent has a pattern of their instrument, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randn(4, 16, 2, 4, 4, generator=generator)
+    with ShardWriter(root, STAND_IN, STAND_IN) as writer:
+        for index in range(count + 4):
+            label = index % 4
+            latent = patterns[label] + 0.3 * torch.randn(16, 2, 4, 4, generator=generator)
+            context = torch.randn(1 + index % 5, 16, generator=generator) + label
+            instruments = [{"name": NAMES[label], "weight": 1.0}] if labelled else []
+            split = "train" if index < count else "val"
+            meta = {"caption": "a clip", "instruments": instruments, "source": f"{split}{index}"}
+            writer.add(f"{split}_{index:03d}_abcdef01", split, latent, context, meta)
+    return root
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards") / "clips")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """Random base weights, the head too, so that the adapter has gradients from the first step."""
+    torch.manual_seed(0)
+    dit = WanDiT(CONFIG)
+    torch.nn.init.normal_(dit.head.head.weight, std=0.05)
+    path = tmp_path_factory.mktemp("base") / "model.safetensors"
+    save_dit(dit, path)
+    return path
+
+
+@pytest.fixture
+def config(shards, base, tmp_path) -> dict:
+    """Stage A on two blocks; tests change what they need."""
+    return {
+        "model": {"dit": str(base)},
+        "adapter": {"blocks": 2, "ffn_blocks": 1},
+        "data": {"shards": str(shards), "batch": 1},
+        "optimizer": {"lr": 1e-2, "warmup_steps": 2},
+        "train": {"stage": "a", "run": str(tmp_path / "run"), "steps": 6, "log_every": 1},
+        "tracking": {"enabled": False},
+        "launch": {"ranks": 2},
+    }
+
+
+def write_config(tree: dict, path: Path) -> Path:
+    path.write_text(tomli_w.dumps(tree))
+    return path
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(tree: dict, path: Path, **more) -> subprocess.Popen:
+    """Starts the real deepspeed launcher on a config."""
+    tree = tree | {"launch": {"master_port": free_port()} | tree["launch"]}
+    write_config(tree, path)
+    launch = LaunchConfig(**tree["launch"])
+    words = command(launch, ["train", "--config", str(path)])
+    return subprocess.Popen(words, env=environment(launch), stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, **more)
+
+
+def run_training(tree: dict, path: Path) -> str:
+    """Trains under the real launcher and returns its output; fails the test when it fails."""
+    process = start(tree, path)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+

@@ -1,0 +1,302 @@
+"""Shards: what is written is read, every fault is named, and the order is one of seed and step."""
+
+import errno
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import webdataset
+from safetensors.torch import load
+
+from wanmoe.moe_lora.errors import WanmoeError
+from wanmoe.train import shard_writer
+from wanmoe.train.order import batch_indices, position_to_index
+from wanmoe.train.shard_check import verify_shards
+from wanmoe.train.shard_writer import ShardWriter
+from wanmoe.train.shards import ShardDataset, ShardError
+
+CODEC = {"name": "test", "fingerprint": "c0", "stand_in": True}
+TEXT = {"name": "test", "fingerprint": "t0", "stand_in": True}
+
+
+def write(root: Path, count: int = 5, *, prefix: str = "v_clip", val: int = 2, **options: Any) -> Path:
+    torch.manual_seed(0)
+    with ShardWriter(root, CODEC, TEXT, **options) as writer:
+        for number in range(count + val):
+            instruments = [{"name": "Scissors" if number % 2 else "Other", "weight": 1.0}]
+            writer.add(
+                f"{prefix}{number:02d}_0000{number:04x}",
+                "train" if number < count else "val",
+                torch.randn(16, 2, 3, 4) * 4,
+                torch.randn(3 + number, 8),
+                {"caption": f"剪刀 {number}", "instruments": instruments, "source": f"s{number}"},
+                roi=torch.full((2, 3, 4), 255, dtype=torch.uint8) if number % 2 else None,
+                tips=torch.tensor([[0.0, 1.0, 2.0]]) if number % 2 else None,
+            )
+    return root
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    data = ShardDataset(write(tmp_path / "s"), "train")
+    torch.manual_seed(0)
+    assert len(data) == 5 and data.bucket == (2, 3, 4)
+    for number in range(5):
+        latent, context = torch.randn(16, 2, 3, 4) * 4, torch.randn(3 + number, 8)
+        sample = data[number]
+        assert sample.latent.dtype == sample.context.dtype == torch.float32
+        assert torch.equal(sample.latent, latent.half().float()) and torch.equal(
+            sample.context, context.half().float()
+        )
+        assert (sample.roi is not None) == bool(number % 2) and sample.image_latent is None
+        assert sample.roi is None or (sample.roi.shape == (2, 3, 4) and sample.roi.unique().tolist() == [1.0])
+        assert sample.instruments == ((("Other", "Scissors")[number % 2], 1.0),) == data.instruments(number)
+        assert sample.caption == f"剪刀 {number}" and sample.key == data.keys[number]
+        assert sample.meta["normalised"] is True and sample.meta["codec"] == CODEC
+        assert sample.meta["bucket"] == "2x3x4" and sample.meta["split"] == "train"
+    assert len(ShardDataset(tmp_path / "s", "val")) == 2
+    assert data.manifest["n_samples"] == {"train": 5, "val": 2} and len(data.fingerprint) == 64
+    assert data.manifest["histogram"] == {
+        "train": {"Other": 3.0, "Scissors": 2.0},
+        "val": {"Other": 1.0, "Scissors": 1.0},
+    }
+
+
+def test_a_rebuild_is_identical_byte_for_byte_and_replaces(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a"), write(tmp_path / "b")
+    files = sorted(path.name for path in first.iterdir())
+    assert files == ["index.jsonl", "manifest.json", "train-2x3x4-000000.tar", "val-2x3x4-000000.tar"]
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
+    write(first, count=3, val=0)
+    assert sorted(path.name for path in first.iterdir()) == files[:3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_tars_stay_readable_by_webdataset(tmp_path: Path) -> None:
+    root = write(tmp_path / "s", max_bytes=20_000)
+    names = sorted(str(path) for path in root.glob("train-*.tar"))
+    assert len(names) > 1
+    stream = webdataset.WebDataset(names, shardshuffle=False, empty_check=False)
+    samples = {sample["__key__"]: sample for sample in stream}
+    data = ShardDataset(root, "train")
+    assert sorted(samples) == sorted(data.keys)
+    for index, key in enumerate(data.keys):
+        assert torch.equal(load(samples[key]["latent.safetensors"])["latent"].float(), data[index].latent)
+        assert json.loads(samples[key]["json"])["key"] == key
+    roi = load(samples[data.keys[1]]["roi.safetensors"])
+    assert roi["roi"].dtype == torch.uint8 and roi["tips"].tolist() == [[0.0, 1.0, 2.0]]
+
+
+@pytest.mark.parametrize("part", ["latent.safetensors", "text.safetensors", "json"])
+def test_a_flipped_byte_is_seen_on_read(tmp_path: Path, part: str) -> None:
+    root = write(tmp_path / "s")
+    row = [json.loads(line) for line in (root / "index.jsonl").read_text().splitlines()][1]
+    flip(root / row["shard"], row["parts"][part]["offset"] + row["parts"][part]["size"] - 2)
+    data = ShardDataset(root, "train")
+    assert data[0].latent.std() > 1
+    with pytest.raises(ShardError, match="altered") as caught:
+        data[1]
+    error = caught.value
+    assert (error.shard, error.key, error.part) == ("train-2x3x4-000000.tar", row["key"], part)
+    assert "\n" not in str(error)
+    kind, arguments = error.__reduce__()  # how a loader's worker sends it
+    assert str(kind(*arguments)) == str(error)
+    assert len(verify_shards(root).problems) == 1
+
+
+def test_a_shard_cut_short_at_any_place_is_seen_before_training(tmp_path: Path) -> None:
+    root = write(tmp_path / "s")
+    shard = root / "train-2x3x4-000000.tar"
+    whole = shard.read_bytes()
+    row = json.loads((root / "index.jsonl").read_text().splitlines()[2])
+    for place in (row["parts"]["latent.safetensors"]["offset"] - 512, 5000, len(whole) - 1):
+        shard.write_bytes(whole[:place])
+        with pytest.raises(ShardError, match=rf"cut short: {place} bytes, the manifest says {len(whole)}"):
+            ShardDataset(root, "train")
+        assert len(ShardDataset(root, "val")) == 2
+    shard.unlink()
+    with pytest.raises(ShardError, match=r"train-2x3x4-000000\.tar: the file is missing"):
+        ShardDataset(root, "train")
+
+
+def test_a_shard_cut_short_under_a_running_job_is_seen(tmp_path: Path) -> None:
+    data = ShardDataset(write(tmp_path / "s"), "train")
+    shard = tmp_path / "s" / "train-2x3x4-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(ShardError, match="cut short"):
+        data[4]
+
+
+def test_a_lost_or_altered_manifest_or_index(tmp_path: Path) -> None:
+    root = write(tmp_path / "s")
+    for name, cause in (("manifest.json", "wanmoe prepare"), ("index.jsonl", "cannot be read")):
+        shutil.copytree(root, tmp_path / name)
+        (tmp_path / name / name).unlink()
+        with pytest.raises(ShardError, match=cause):
+            ShardDataset(tmp_path / name)
+    flip(root / "index.jsonl", 30)
+    with pytest.raises(ShardError, match="altered or cut short"):
+        ShardDataset(root)
+    (root / "manifest.json").write_text('{"format": "wanmoe-shards/9"}')
+    with pytest.raises(ShardError, match="'wanmoe-shards/9', expected 'wanmoe-shards/1'"):
+        ShardDataset(root)
+    (root / "manifest.json").write_text('{"form')
+    with pytest.raises(ShardError, match="not JSON"):
+        ShardDataset(root)
+
+
+def test_a_split_with_several_sizes_says_how_to_choose(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "s", CODEC, TEXT) as writer:
+        for frames in (2, 3):
+            meta = {"caption": "x", "instruments": []}
+            writer.add(f"a_b_{frames}", "train", torch.randn(16, frames, 3, 4), torch.randn(2, 8), meta)
+    both = ShardDataset(tmp_path / "s")
+    assert len(both) == 2 and both[1].latent.shape == (16, 3, 3, 4) and both[0].instruments == ()
+    with pytest.raises(WanmoeError, match=r'2x3x4, 3x3x4.*bucket="2x3x4"'):
+        both.bucket  # noqa: B018
+    assert ShardDataset(tmp_path / "s", bucket="3x3x4").bucket == (3, 3, 4)
+    with pytest.raises(WanmoeError, match="no 'train' samples of size 9x9x9; there are: 2x3x4, 3x3x4"):
+        ShardDataset(tmp_path / "s", bucket="9x9x9")
+    with pytest.raises(WanmoeError, match="no 'val' samples; splits: train"):
+        ShardDataset(tmp_path / "s", "val")
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "cause"),
+    [
+        ("a.b_1", {}, "no dot"),
+        ("a/b_1", {}, "no slash"),
+        ("k", {"latent": torch.full((16, 1, 2, 2), float("nan"))}, "NaN"),
+        ("k", {"latent": torch.full((16, 1, 2, 2), 1e6)}, "float16 cannot hold"),
+        ("k", {"latent": torch.zeros(4, 1, 2, 2)}, r"got \[4, 1, 2, 2\]"),
+        ("k", {"context": torch.zeros(0, 8)}, "n >= 1"),
+        ("k", {"roi": torch.zeros(1, 2, 3)}, "the region is"),
+        ("k", {"image_latent": torch.zeros(16, 1, 2, 2)}, "image latent is"),
+    ],
+)
+def test_a_wrong_sample_is_refused_and_nothing_is_left(
+    tmp_path: Path, key: str, change: dict[str, Any], cause: str
+) -> None:
+    sample: dict[str, Any] = {"latent": torch.zeros(16, 1, 2, 2), "context": torch.zeros(2, 8), **change}
+    meta = {"caption": "x", "instruments": []}
+    with pytest.raises(ShardError, match=cause), ShardWriter(tmp_path / "s", CODEC, TEXT) as writer:
+        writer.add(key, "train", sample.pop("latent"), sample.pop("context"), meta, **sample)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_is_unique_over_splits(tmp_path: Path) -> None:
+    meta = {"caption": "x", "instruments": []}
+    with (
+        pytest.raises(ShardError, match="written before"),
+        ShardWriter(tmp_path / "s", CODEC, TEXT) as writer,
+    ):
+        for split in ("train", "val"):
+            writer.add("same", split, torch.zeros(16, 1, 2, 2), torch.zeros(2, 8), meta)
+
+
+def test_no_space_left_is_one_line_and_leaves_the_former_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write(tmp_path / "s")
+    before = ShardDataset(root).fingerprint
+
+    def full(self: object, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shard_writer._TarFile, "_write", full)
+    with pytest.raises(ShardError, match="No space left on device") as caught:
+        write(root, count=2, val=0)
+    assert "\n" not in str(caught.value)
+    assert ShardDataset(root).fingerprint == before
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_no_space_left_at_the_very_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shard_writer._TarFile, "close", full)
+    with pytest.raises(WanmoeError, match="No space left on device"):
+        write(tmp_path / "s")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run_leaves_nothing_and_a_killed_one_is_cleaned_up(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path / "s", CODEC, TEXT) as writer:
+        inside = writer._staging.path
+        assert inside.is_dir()
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    killed = inside.with_name(inside.name.rsplit("-", 1)[0] + "-4194399")  # above the largest process number
+    killed.mkdir()
+    write(tmp_path / "s")
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(WanmoeError, match=r"thesis\.txt"):
+        write(tmp_path)
+    with pytest.raises(WanmoeError, match="no sample was written"), ShardWriter(tmp_path / "s", CODEC, TEXT):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_verify_reports_what_is_there_and_what_is_wrong(tmp_path: Path) -> None:
+    root = write(tmp_path / "s")
+    report = verify_shards(root)
+    assert report.ok and report.samples == {"train": 5, "val": 2} and report.shards == 2
+    assert report.histogram["train"] == {"Other": 3.0, "Scissors": 2.0} and report.shared_sources == []
+    assert report.bytes == sum(path.stat().st_size for path in root.glob("*.tar"))
+    assert "5 train, 2 val samples" in str(report)
+    flip(root / "val-2x3x4-000000.tar", 10)  # inside a header, which no part's checksum covers
+    (root / "train-2x3x4-000009.tar").write_bytes(b"")
+    problems = verify_shards(root).problems
+    assert len(problems) == 2 and "val-2x3x4-000000.tar: altered: SHA-256" in problems[0]
+    assert "train-2x3x4-000009.tar: the manifest does not name it" in problems[1]
+
+
+def test_every_epoch_is_a_permutation_and_each_another() -> None:
+    n = 23
+    epochs = [[position_to_index(e * n + i, n, seed=7) for i in range(n)] for e in range(4)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert [position_to_index(i, n, seed=8) for i in range(n)] != epochs[0]
+    assert [position_to_index(i, 6, 0) for i in range(12)] == [3, 2, 5, 1, 4, 0, 3, 0, 1, 2, 5, 4], "frozen"
+
+
+def test_the_order_does_not_depend_on_ranks_or_on_where_a_run_starts() -> None:
+    n, seed, world = 10, 3, 4
+    batches = [batch_indices(step, global_batch=8, n=n, seed=seed) for step in range(15)]
+    assert batches[11] == batch_indices(11, global_batch=8, n=n, seed=seed)
+    flat = [index for batch in batches for index in batch]
+    assert flat == [i for s in range(30) for i in batch_indices(s, global_batch=4, n=n, seed=seed)]
+    assert set(Counter(flat).values()) == {12}
+    ranks = [[batch[rank::world] for batch in batches] for rank in range(world)]
+    assert all(len(part) == 2 for rank in ranks for part in rank), "equal counts on all ranks"
+
+
+def test_weights_set_how_often_a_sample_comes() -> None:
+    n, weights = 12, [3.0] * 2 + [1.0] * 6 + [0.0] * 4
+    counts = Counter(position_to_index(i, n, 5, weights) for i in range(n * 50))
+    assert sum(counts.values()) == 600 and set(counts) == set(range(8))
+    assert all(abs(counts[i] - 150) <= 1 for i in (0, 1))  # 3 of 12 places in every epoch
+    assert all(abs(counts[i] - 50) <= 1 for i in range(2, 8))
+    even = [position_to_index(i, n, 5, [0.7] * n) for i in range(n)]
+    assert sorted(even) == list(range(n))
+    first = [position_to_index(i, n, 5, weights) for i in range(n)]
+    assert first != sorted(first) and first != [position_to_index(n + i, n, 5, weights) for i in range(n)]
+    for wrong in ([1.0], [0.0] * n, [-1.0] * n, [float("nan")] * n):
+        with pytest.raises(WanmoeError, match="weights"):
+            position_to_index(0, n, 5, wrong)
+    with pytest.raises(WanmoeError, match="n >= 1"):
+        batch_indices(0, global_batch=2, n=0, seed=0)
