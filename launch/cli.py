@@ -188,7 +188,7 @@ def generate(
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("wanmoe").setLevel(logging.INFO)
-    adapters = lora_moe_weights or [None]
+    adapters: list[Path | None] = [*(lora_moe_weights or [None])]
     if len(adapters) > 2:
         raise WanmoeError(
             f"--lora_moe_weights was given {len(adapters)} times; give one file, or low and high"

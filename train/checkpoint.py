@@ -133,7 +133,7 @@ def states(folder: Path) -> list[Path]:
 
 def latest(folder: Path) -> tuple[Path | None, list[str]]:
     """(newest state that verifies, complaints about newer ones that do not)."""
-    complaints = []
+    complaints: list[str] = []
     for path in reversed(states(folder)):
         problem = _verify(path)
         if problem is None:

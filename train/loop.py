@@ -1,5 +1,4 @@
-"""One training run of one stage on one rank: batch, noise, gates, forward, loss, backward, guard, step, log,
-save."""
+"""One run of one stage on one rank: batch, noise, gates, forward, loss, backward, guard, step, log, save."""
 
 from __future__ import annotations
 
@@ -20,15 +19,15 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 from tqdm import tqdm
 
-from ..moe_lora import Adapter, WanmoeError, attach, load_adapter, save_adapter
+from ..moe_lora import WanmoeError, save_adapter
 from ..moe_lora.routing import teacher_kl
-from ..moe_lora.wan.config import WanConfig
 from ..moe_lora.wan.dit import WanDiT
-from ..moe_lora.wan.weights import dit_hash, load_dit, save_dit
+from ..moe_lora.wan.weights import save_dit
 from . import checkpoint
 from .batch import Batch, LabelGates, TrainBatches
 from .config import TrainerConfig
 from .engine import RoutedDiT, init_distributed, make_engine, set_lr
+from .model import check_text_width, load_model, side_of, side_range, unseen_experts
 from .objective import draw_t, flow_matching_loss, noised, sample_generator
 from .shards import ShardDataset
 from .stages import StageSpec, select_trainable, stage_of
@@ -82,9 +81,6 @@ class Trainer:
         self.bad_steps = 0
         self.stop_signal: int | None = None
         self.tracker = self._tracker(trainer)
-
-    # -- set-up
-    # ------------------------------------------------------------------------------------------------
 
     def _load_data(self) -> None:
         config = self.config
@@ -185,9 +181,6 @@ class Trainer:
         if self.rank == 0:
             tqdm.write(line, file=sys.stderr)
 
-    # -- the loop
-    # ----------------------------------------------------------------------------------------------
-
     def fit(self) -> None:
         """Trains up to train.steps; on SIGTERM or SIGINT saves within a step and returns."""
         config = self.config.train
@@ -197,7 +190,13 @@ class Trainer:
             self._validate()
         batches = self.batches(self.step, config.steps)
         bar = tqdm(
-            total=config.steps, initial=self.step, disable=self.rank != 0, desc=f"stage {config.stage}"
+            total=config.steps,
+            initial=self.step,
+            disable=self.rank != 0,
+            desc=f"stage {config.stage}",
+            # A terminal gets a living bar, a log file a line now and then.
+            mininterval=0.2 if sys.stderr.isatty() else 20,
+            maxinterval=30,
         )
         began, logged_at = time.monotonic(), self.step
         stopped = False
@@ -235,18 +234,22 @@ class Trainer:
             torch.manual_seed(
                 sample_generator(config.train.seed, batch.positions[0], "dropout").initial_seed()
             )
+            last = micro + 1 == config.train.accumulation
+            self.engine.set_gradient_accumulation_boundary(last)
             losses = self.losses(batch)
             figures, finite, stop = self._agree(losses)
             if not finite:
                 self._report_bad(batch)
-                skipped = True
-                # The rest of the step is read but not trained: all ranks stay on the same batches.
+                # What earlier forwards of this step have accumulated goes too, and the batches of the later
+                # ones are read all the same: every rank stays on the same samples.
+                self.engine.optimizer.zero_grad()
                 for _ in range(micro + 1, config.train.accumulation):
                     next(batches)
+                skipped = True
                 break
             totals = {k: totals.get(k, 0.0) + v / config.train.accumulation for k, v in figures.items()}
             self.engine.backward(losses["loss"])
-            self._check_gradients(last=micro + 1 == config.train.accumulation)
+            self._check_gradients(last)
             self.engine.step()
         self.step += 1
         values = {f"train/{name}": value for name, value in totals.items()} | {"train/lr": lr}
@@ -337,9 +340,6 @@ class Trainer:
         if self.step >= deadline:
             self.unseen_gradients.clear()
 
-    # -- figures and files
-    # ---------------------------------------------------------------------------------------
-
     def _log(self, values: dict[str, float]) -> None:
         if self.tracker is not None:
             self.tracker.log(self.step, {k: v for k, v in values.items() if math.isfinite(v)})
@@ -411,78 +411,6 @@ class Trainer:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_signal = number
-
-
-def load_model(config: TrainerConfig) -> tuple[WanDiT, Adapter | None, str]:
-    """(frozen DiT with its adapter attached, the adapter, hash of the base) as a config asks for."""
-    model = config.model
-    if model.dit is None:
-        torch.manual_seed(config.train.seed)
-        dit, base = WanDiT(WanConfig.preset(str(model.preset))), ""
-    else:
-        dit, base = load_dit(model.dit), dit_hash(model.dit)
-    if config.train.stage == "pretrain":
-        return dit, None, base
-    if model.adapter is None:
-        adapter = attach(dit, config.adapter, config.router, seed=config.train.seed)
-    else:
-        adapter = load_adapter(
-            model.adapter,
-            dit,
-            noise_expert=model.noise_expert,
-            base_sha256=base,
-            router=config.router,
-            any_base=model.any_base,
-        )
-        check_same_adapter(config, adapter, model.adapter)
-    return dit, adapter, base
-
-
-def check_same_adapter(config: TrainerConfig, adapter: Adapter, path: Path) -> None:
-    """A key that the config sets must agree with the adapter file that the stage starts from."""
-    for key in config.adapter.model_fields_set:
-        asked, found = getattr(config.adapter, key), getattr(adapter.config, key)
-        if asked != found and not key.endswith("_dropout"):
-            raise WanmoeError(f"adapter.{key} = {asked} but {path} has {found}; drop the key or start afresh")
-
-
-def check_text_width(dit: WanDiT, dataset: ShardDataset) -> None:
-    """Shards encoded for another text encoder or task are refused before the first step."""
-    sample = dataset[0]
-    if sample.context.shape[-1] != dit.config.text_dim:
-        raise WanmoeError(
-            f"{dataset.root}: text embeddings are {sample.context.shape[-1]} wide, the model reads "
-            f"{dit.config.text_dim}; prepare the clips with this model's text encoder"
-        )
-    if (dit.config.task == "i2v") != (sample.image_latent is not None):
-        raise WanmoeError(f"{dataset.root}: prepared for another task than {dit.config.task}; prepare again")
-
-
-def unseen_experts(dataset: ShardDataset, gates: LabelGates) -> list[str]:
-    """Experts that no labelled clip of a dataset gives any weight."""
-    total = torch.zeros(len(gates.rule.experts))
-    for index, key in enumerate(dataset.keys):
-        if not dataset.instruments(index):
-            return []  # routed by caption, which the index does not hold
-        total += gates(key, dataset.instruments(index), "")
-    return [name for name, weight in zip(gates.rule.experts.names, total, strict=True) if weight == 0]
-
-
-def side_of(config: TrainerConfig, boundary: float) -> tuple[float, float]:
-    """Noise levels that the model serves."""
-    return {"high": (boundary, 1.0), "low": (0.0, boundary), "both": (0.0, 1.0)}[config.model.noise_expert]
-
-
-def side_range(config: TrainerConfig, spec: StageSpec, boundary: float) -> tuple[float, float]:
-    """Noise levels that are trained: the configured (or the stage's) range within the model's side."""
-    side, asked = side_of(config, boundary), config.objective.t_range or spec.t_range
-    low, high = max(side[0], asked[0]), min(side[1], asked[1])
-    if not low < high:
-        raise WanmoeError(
-            f"objective.t_range {list(asked)} leaves nothing of [{side[0]}, {side[1]}], the side of the "
-            f"{config.model.noise_expert} noise expert"
-        )
-    return low, high
 
 
 def lr_factor(step: int, config: TrainerConfig, spec: StageSpec) -> float:

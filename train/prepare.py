@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,15 +100,9 @@ def prepare(
     )
     writer = ShardWriter(out, describe(codec), describe(text_encoder))
     with writer, tqdm(total=len(plan.pieces), unit="clip", desc="prepare", disable=not progress) as bar:
-        batch: list[tuple[Piece, Tensor]] = []
         encode = _Encoder(codec, text_encoder, writer, plan, size, frames, fps, task)
-        for piece, pictures in _read(plan, size):
-            batch.append((piece, pictures))
-            if len(batch) == batch_size:
-                encode(batch)
-                bar.update(len(batch))
-                batch = []
-        if batch:
+        pieces = _read(plan, size)
+        while batch := list(islice(pieces, batch_size)):
             encode(batch)
             bar.update(len(batch))
         writer.settings = {
@@ -294,7 +288,7 @@ class _Encoder:
         masks, needed = self._masks[1], window.indices[-1] + 1 - clip.masks_from
         if masks is not None and len(masks) < needed:
             raise WanmoeError(
-                f"{clip.origin}: there are {len(masks)} masks, but {needed} frames of the clip are used: {clip.masks}"
+                f"{clip.origin}: there are {len(masks)} masks, but {needed} frames are used: {clip.masks}"
             )
         return masks
 

@@ -77,8 +77,8 @@ def read_masks(clip: Clip, height: int, width: int) -> NDArray[np.uint8] | None:
         raise WanmoeError(f"{clip.origin}: the masks are not a picture that can be decoded: {clip.masks}")
     if stack.shape[1] != width or stack.shape[0] % height:
         raise WanmoeError(
-            f"{clip.origin}: the masks are {stack.shape[0]} x {stack.shape[1]}, not frames of {height} x {width} "
-            f"stacked vertically: {clip.masks}"
+            f"{clip.origin}: the masks are {stack.shape[0]} x {stack.shape[1]}, "
+            f"not frames of {height} x {width} stacked vertically: {clip.masks}"
         )
     return np.where(stack.reshape(-1, height, width) > 0, 255, 0).astype(np.uint8)
 

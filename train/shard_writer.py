@@ -131,7 +131,7 @@ class ShardWriter:
                 offset = tar.append(f"{key}.{part}", data)
                 places[part] = {"offset": offset, "size": len(data), "crc32": zlib.crc32(data)}
         except OSError as error:
-            raise ShardError(tar.name, key, None, f"could not be written: {error.strerror}") from error
+            raise ShardError(tar.name, key, None, f"cannot write to {self.root}: {error.strerror}") from error
         tar.samples += 1
         self._keys.add(key)
         row = {"key": key, "split": split, "bucket": bucket, "shard": tar.name}
@@ -183,7 +183,9 @@ class ShardWriter:
             try:
                 self._open[split, bucket] = _TarFile(self._staging.path / name)
             except OSError as error:
-                raise ShardError(name, None, None, f"could not be written: {error.strerror}") from error
+                raise ShardError(
+                    name, None, None, f"cannot write to {self.root}: {error.strerror}"
+                ) from error
         return self._open[split, bucket]
 
     def _close(self, tar: "_TarFile") -> None:

@@ -156,25 +156,25 @@ def _wave(time: float, cycles: float, phase: float) -> float:
 
 
 def _move_scissors(time: float, phase: float, pace: float) -> tuple[float, float, float, float]:
-    """Advances slowly and snips twice or so."""
+    """Advances slowly and snips once or twice."""
     return (
         0.05 * _wave(time, 0.5, phase),
         0.14 * (time - 0.5),
-        0.16 + 0.52 * (1 + _wave(time, 2.1 * pace, phase)),
+        0.16 + 0.52 * (1 + _wave(time, 1.5 * pace, phase)),
         0.0,
     )
 
 
 def _move_hook(time: float, phase: float, pace: float) -> tuple[float, float, float, float]:
     """Sweeps from side to side; the spark burns on the way back."""
-    swing = _wave(time, 1.3 * pace, phase)
-    power = max(0.0, math.cos(2 * math.pi * (1.3 * pace * time + phase))) ** 0.5
+    swing = _wave(time, 1.1 * pace, phase)
+    power = max(0.0, math.cos(2 * math.pi * (1.1 * pace * time + phase))) ** 0.5
     return 0.17 * swing, -0.03 * swing * swing, 0.0, power
 
 
 def _move_suction(time: float, phase: float, pace: float) -> tuple[float, float, float, float]:
     """Probes in and out along its own axis."""
-    return 0.03 * _wave(time, 0.4, phase), 0.13 * _wave(time, 1.6 * pace, phase), 0.0, 0.0
+    return 0.03 * _wave(time, 0.4, phase), 0.13 * _wave(time, 1.2 * pace, phase), 0.0, 0.0
 
 
 def _move_grasper(time: float, phase: float, pace: float) -> tuple[float, float, float, float]:

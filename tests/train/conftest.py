@@ -83,7 +83,9 @@ def start(tree: dict, path: Path, **more) -> subprocess.Popen:
     write_config(tree, path)
     launch = LaunchConfig(**tree["launch"])
     words = command(launch, ["train", "--config", str(path)])
-    return subprocess.Popen(words, env=environment(launch), stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, **more)
+    return subprocess.Popen(
+        words, env=environment(launch), stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, **more
+    )
 
 
 def run_training(tree: dict, path: Path) -> str:
@@ -92,5 +94,3 @@ def run_training(tree: dict, path: Path) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-4000:]
     return output
-
-

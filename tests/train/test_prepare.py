@@ -125,7 +125,7 @@ def test_labels_come_first_from_fields_then_tools_then_words(tmp_path: Path) -> 
         (("Other", 1.0),),
         (("Scissors", 0.5), ("Other", 0.5)),
         (("Hook/Electrocautery", 0.5), ("Suction", 0.5)),
-        (("Hook/Electrocautery", 0.75), ("Scissors", 0.25)),
+        (("Scissors", 0.25), ("Hook/Electrocautery", 0.75)),
         (("Suction", 1.0),),
         (),
     ]

@@ -1,0 +1,207 @@
+"""Training under the real deepspeed launcher: ZeRO-3, two gloo ranks, stop and resume (traps A1, A7, B3, B6)."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from wanmoe.moe_lora.adapter_file import read_adapter
+from wanmoe.moe_lora.wan.weights import load_dit
+from wanmoe.train.shard_writer import ShardWriter
+from wanmoe.train.tracking import read_metrics
+
+from tests.train.conftest import STAND_IN, run_training, start
+
+
+def losses(run):
+    return [line["train/loss"] for line in read_metrics(run) if "train/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def stages(shards, base, tmp_path_factory):
+    """Stages a, b, c, each from the file of the one before, on two ranks; shared by the tests below."""
+    root = tmp_path_factory.mktemp("stages")
+    outputs = {}
+    for stage, before in (("a", None), ("b", "a"), ("c", "b")):
+        tree = {
+            "model": {"dit": str(base)}
+            | ({"adapter": str(root / before / "adapter.safetensors")} if before else {}),
+            "data": {"shards": str(shards), "batch": 1},
+            "optimizer": {"lr": 1e-2, "warmup_steps": 2},
+            "train": {
+                "stage": stage,
+                "run": str(root / stage),
+                "steps": 6,
+                "log_every": 1,
+                "save_every": 3,
+                "keep": 9,
+            },
+            "tracking": {"enabled": stage == "a"},
+            "launch": {"ranks": 2},
+        }
+        if stage == "a":
+            tree["adapter"] = {"blocks": 2, "ffn_blocks": 1}
+        if stage == "c":
+            tree["router"] = {"mode": "learned"}
+        outputs[stage] = (tree, run_training(tree, root / f"{stage}.toml"))
+    return root, outputs
+
+
+def test_each_stage_changes_its_own_part_and_keeps_the_rest_bit_equal(stages):
+    root, _ = stages
+    files = {stage: read_adapter(root / stage / "adapter.safetensors")[1] for stage in ("a", "b", "c")}
+    for before, after, moved in (("a", "b", "expert_"), ("b", "c", "router.")):
+        for name, value in files[after].items():
+            if moved in name:
+                assert name not in files[before] or not torch.equal(value, files[before][name]), name
+            else:
+                assert torch.equal(value, files[before][name]), name
+    assert all(value.any() for name, value in files["a"].items() if "base_" in name)
+    assert not any(value.any() for name, value in files["a"].items() if name.endswith("expert_up"))
+    assert all(value.any() for name, value in files["c"].items())
+
+
+def test_the_prefix_is_said_and_the_loss_falls(stages):
+    root, outputs = stages
+    assert "prefix 1 of 3 blocks without a graph" in outputs["a"][1]
+    held_out = [line["val/loss"] for line in read_metrics(root / "a") if "val/loss" in line]
+    assert held_out[-1] < held_out[0]
+
+
+def test_saving_gathers_what_trains_and_nothing_frozen(stages, base):
+    root, _ = stages
+    newest = sorted((root / "b" / "resume").iterdir())[-1]
+    state = load_file(newest / "state.safetensors")
+    frozen = set(load_dit(base).state_dict())
+    names = {name.split("/", 1)[1] for name in state}
+    assert names and not names & frozen
+    assert all(".expert_" in name for name in names)
+    assert {name.split("/")[0] for name in state} == {"param", "exp_avg", "exp_avg_sq"}
+    assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+def test_a_resumed_run_is_bit_equal_to_a_straight_one(stages, tmp_path):
+    root, outputs = stages
+    for stage in ("b", "c"):
+        tree = json.loads(json.dumps(outputs[stage][0]))
+        run = tmp_path / stage
+        shutil.copytree(root / stage, run)
+        shutil.rmtree(run / "resume" / "step_00000006")
+        tree["train"]["run"] = str(run)
+        output = run_training(tree, tmp_path / f"{stage}.toml")
+        assert "at step 3" in output
+        straight = load_file(root / stage / "resume" / "step_00000006" / "state.safetensors")
+        resumed = load_file(run / "resume" / "step_00000006" / "state.safetensors")
+        assert straight.keys() == resumed.keys()
+        assert [n for n in straight if not torch.equal(straight[n], resumed[n])] == []
+        assert losses(run) == losses(root / stage)
+
+
+def test_one_rank_and_two_forwards_train_like_two_ranks(stages, tmp_path):
+    root, outputs = stages
+    tree = json.loads(json.dumps(outputs["a"][0]))
+    tree["train"] |= {"run": str(tmp_path / "run"), "accumulation": 2}
+    tree["launch"] = {"ranks": 1}
+    tree["tracking"] = {"enabled": False}
+    run_training(tree, tmp_path / "a.toml")
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(root / "a"), rtol=1e-5, atol=1e-6)
+    one = read_adapter(tmp_path / "run" / "adapter.safetensors")[1]
+    two = read_adapter(root / "a" / "adapter.safetensors")[1]
+    for name in two:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+
+
+def test_two_nodes_on_one_machine_train_like_two_local_ranks(stages, tmp_path):
+    root, outputs = stages
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("node-a slots=1\nnode-b slots=1\n")
+    tree = json.loads(json.dumps(outputs["a"][0]))
+    tree["train"]["run"] = str(tmp_path / "run")
+    tree["tracking"] = {"enabled": False}
+    from tests.train.conftest import free_port
+
+    common = {
+        "hostfile": str(hostfile),
+        "no_ssh": True,
+        "master_addr": "127.0.0.1",
+        "master_port": free_port(),
+    }
+    nodes = [
+        start(tree | {"launch": common | {"node_rank": rank}}, tmp_path / f"node{rank}.toml")
+        for rank in (0, 1)
+    ]
+    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    assert losses(tmp_path / "run") == losses(root / "a")
+    two_nodes = read_adapter(tmp_path / "run" / "adapter.safetensors")[1]
+    two_ranks = read_adapter(root / "a" / "adapter.safetensors")[1]
+    assert all(torch.equal(two_nodes[name], two_ranks[name]) for name in two_ranks)
+
+
+def test_sigterm_saves_within_a_step_and_the_same_command_goes_on(config, tmp_path):
+    config["train"]["steps"] = 100_000
+    process = start(config, tmp_path / "config.toml")
+    for line in process.stdout:
+        if line.startswith("step 0: held-out loss"):
+            break
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=120)
+    assert "stopped by signal at step" in rest, rest[-3000:]
+    (state,) = (tmp_path / "run" / "resume").iterdir()
+    trainer = json.loads((state / "trainer.json").read_text())
+    assert 0 < trainer["step"] < 100_000
+    assert (tmp_path / "run" / "adapter.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_and_stops_with_the_sample_named(config, tmp_path):
+    """One clip so large that its loss overflows: skipped on both ranks, then the run gives up."""
+    with ShardWriter(tmp_path / "huge", STAND_IN, STAND_IN, dtype=torch.float32) as writer:
+        for index, split in enumerate(("train", "train", "val")):
+            meta = {
+                "caption": "a clip",
+                "instruments": [{"name": "Suction", "weight": 1.0}],
+                "source": str(index),
+            }
+            scale = 1e30 if index == 0 else 1.0
+            latent = torch.randn(16, 2, 4, 4) * scale
+            writer.add(f"clip_{index:03d}_abcdef01", split, latent, torch.randn(2, 16), meta)
+    config["data"]["shards"] = str(tmp_path / "huge")
+    config["train"] |= {"max_bad_steps": 2, "accumulation": 2}
+    process = start(config, tmp_path / "config.toml")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "step 0: loss is not finite; skipped on all ranks; samples:" in output
+    assert "loss was not finite in 2 steps in a row" in output and "clip_000_abcdef01" in output
+    assert "Traceback" not in output
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_pretrain_writes_a_model_that_loads(config, shards, tmp_path):
+    config["model"] = {"preset": "tiny"}
+    config["train"] |= {"stage": "pretrain", "steps": 3}
+    del config["adapter"]
+    # The clips' text is 16 wide and the preset reads 64: refused before the first step, in one line per rank.
+    process = start(config, tmp_path / "config.toml")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and "Traceback" not in output
+    assert "text embeddings are 16 wide, the model reads 64" in output
+    assert not list(tmp_path.glob("run/*.safetensors"))
+
+
+def test_a_rank_alone_says_how_to_start():
+    code = "from wanmoe.train.engine import init_distributed; init_distributed()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and "start with `wanmoe train` or the deepspeed launcher" in done.stderr
+
+
+def test_metrics_are_finite_and_complete(stages):
+    root, _ = stages
+    lines = [line for line in read_metrics(root / "a") if "train/loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert {"train/lr", "train/grad_norm", "train/steps_per_s", "train/diffusion"} < set(lines[-1])
