@@ -108,7 +108,10 @@ def verify(shards: Annotated[Path, typer.Argument(help="Folder of shards.")]) ->
     """Read every sample of a folder of shards, check sums, shapes and labels, and print what is there."""
     from ..train import verify_shards
 
-    typer.echo(str(verify_shards(shards)))
+    report = verify_shards(shards)
+    typer.echo(str(report))
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -239,7 +239,7 @@ def measure(out: Path, experts: ExpertSet, shards: Path, recipe: Recipe, seed: i
         rule_gates=gates["rule"],
         videos={label: str(path) for label, path in videos.items()},
         real_videos={label: str(path) for label, path in real.items()},
-        notes=list(held_out.manifest.get("settings", {}).get("notes", [])),
+        notes=list(held_out.manifest.get("notes", [])),
     )
 
 

@@ -25,8 +25,8 @@ class Expert(BaseModel):
     ending. Empty: the name itself."""
 
 
-# Training keywords of the four families: spec of the seed (Chinese), plus the English words for the same
-# tools.
+# Keywords of the four surgical families in Chinese, plus the English words for the same tools. A bare 吸 is
+# not among them: it also stands in 呼吸, breathing.
 SURGICAL = (
     Expert(name="Scissors", keywords=("剪刀", "剪切", "剪断", "剪开", "scissors", "scissor", "shears")),
     Expert(
@@ -38,7 +38,18 @@ SURGICAL = (
     ),
     Expert(
         name="Suction",
-        keywords=("吸引器", "吸引", "吸出", "吸", "清理", "冲洗", "suction*", "aspirat*", "irrigat*"),
+        keywords=(
+            "吸引器",
+            "吸引",
+            "吸出",
+            "吸除",
+            "吸净",
+            "清理",
+            "冲洗",
+            "suction*",
+            "aspirat*",
+            "irrigat*",
+        ),
     ),
     Expert(
         name="Other",

@@ -110,6 +110,7 @@ class TrainBatches:
         seed: int,
         balanced: bool,
         workers: int,
+        caption_dropout: float = 0.0,
     ) -> None:
         self.dataset, self.gates, self.workers = dataset, gates, workers
         self.batch, self.accumulation, self.rank, self.world, self.seed = (
@@ -121,6 +122,12 @@ class TrainBatches:
         )
         self.weights = instrument_weights(dataset) if balanced else None
         dataset.bucket  # noqa: B018 - raises where the samples differ in size
+        self.null_context = dataset.null_context
+        if caption_dropout and self.null_context is None:
+            raise WanmoeError(
+                f"{dataset.root}: prepared without the encoding of an empty caption; prepare the clips again "
+                "or set data.caption_dropout = 0"
+            )
 
     @property
     def global_batch(self) -> int:

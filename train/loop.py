@@ -91,6 +91,8 @@ class Trainer:
         )
         by_label = self.spec.routing in ("labels", "router")
         self.gates = LabelGates(experts, router, needed=by_label)
+        # A router learns from the captions: it must see them all.
+        self.caption_dropout = 0.0 if self.spec.trains == ("router",) else config.data.caption_dropout
         dataset = ShardDataset(config.data.shards, "train")
         self.held_out = ShardDataset(config.data.shards, "val")
         self.batches = TrainBatches(
@@ -103,6 +105,7 @@ class Trainer:
             seed=config.train.seed,
             balanced=config.data.balanced and by_label,
             workers=config.data.workers,
+            caption_dropout=self.caption_dropout,
         )
         check_text_width(self.dit, dataset)
         if by_label:
@@ -284,11 +287,13 @@ class Trainer:
         return x_t, t, target
 
     def _drop_captions(self, batch: Batch) -> list[Tensor]:
-        p = 0.0 if self.spec.trains == ("router",) else self.config.data.caption_dropout
+        """The text of each clip, now and then that of an empty caption, which guidance subtracts later."""
         context = []
         for position, tokens in zip(batch.positions, batch.context, strict=True):
             draw = torch.rand(1, generator=sample_generator(self.config.train.seed, position, "caption"))
-            context.append((tokens[:0] if float(draw) < p else tokens).to(self.device, self._dtype))
+            if self.batches.null_context is not None and float(draw) < self.caption_dropout:
+                tokens = self.batches.null_context
+            context.append(tokens.to(self.device, self._dtype))
         return context
 
     @property

@@ -98,7 +98,8 @@ def prepare(
         val_fraction=val_fraction,
         seed=seed,
     )
-    writer = ShardWriter(out, describe(codec), describe(text_encoder))
+    (null_context,) = encode_prompts(text_encoder, [""])
+    writer = ShardWriter(out, describe(codec), describe(text_encoder), null_context=null_context)
     with writer, tqdm(total=len(plan.pieces), unit="clip", desc="prepare", disable=not progress) as bar:
         encode = _Encoder(codec, text_encoder, writer, plan, size, frames, fps, task)
         pieces = _read(plan, size)

@@ -68,6 +68,11 @@ def verify_shards(root: str | Path) -> ShardReport:
         if count > 1:
             report.problems.append(f"sample {key}: the key occurs {count} times")
     sound = _check_shards(report, manifest["shards"], Counter(row["shard"] for row in rows))
+    if "null_context" in manifest and rows:
+        try:
+            ShardDataset(root, rows[0]["split"]).null_context  # noqa: B018 - read for its check
+        except ShardError as error:
+            report.problems.append(str(error))
     named = {shard["name"] for shard in manifest["shards"]}
     for stray in sorted(path.name for path in root.glob("*.tar") if path.name not in named):
         report.problems.append(f"shard {stray}: the manifest does not name it")

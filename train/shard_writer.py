@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..moe_lora.errors import WanmoeError
-from .shards import FORMAT, LATENT, META, ROI, TEXT, ShardError, histogram, is_shard_file
+from .shards import FORMAT, LATENT, META, NULL, ROI, TEXT, ShardError, histogram, is_shard_file
 from .staging import Staging
 
 
@@ -35,6 +35,7 @@ class ShardWriter:
         codec: name, fingerprint and stand_in of the codec that made the latents.
         text_encoder: the same of the text encoder.
         settings: further facts for the manifest (JSON values).
+        null_context: [n, D], what the text encoder makes of no caption; training without captions needs it.
         max_bytes: a shard that reaches this size is closed and the next one begun.
         dtype: how floating tensors are stored; a value that it cannot hold is an error.
     """
@@ -46,6 +47,7 @@ class ShardWriter:
         text_encoder: Mapping[str, Any],
         *,
         settings: Mapping[str, Any] | None = None,
+        null_context: Tensor | None = None,
         max_bytes: int = 512 * 2**20,
         dtype: torch.dtype = torch.float16,
     ) -> None:
@@ -57,6 +59,7 @@ class ShardWriter:
             "normalised": True,
         }
         self.settings = dict(settings or {})
+        self.null_context = null_context
         self.max_bytes, self.dtype = max_bytes, dtype
         self.manifest: dict[str, Any] = {}
         """What went to `manifest.json`; filled when the block ends."""
@@ -201,6 +204,11 @@ class ShardWriter:
             self._close(self._open[place])
         self._open.clear()
         index = b"".join(_json(row) + b"\n" for row in self._rows)
+        null = {}
+        if self.null_context is not None:
+            data = self._pack(NULL, "", {"context": self.null_context})
+            (self._staging.path / NULL).write_bytes(data)
+            null = {"null_context": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
         self.manifest = {
             **self.head,
             **self.settings,
@@ -210,6 +218,7 @@ class ShardWriter:
             },
             "histogram": histogram(self._rows),
             "index": {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()},
+            **null,
             "shards": sorted(self._done, key=lambda shard: str(shard["name"])),
         }
         (self._staging.path / "index.jsonl").write_bytes(index)

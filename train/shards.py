@@ -2,7 +2,8 @@
 order exact.
 
 A folder of shards (written by `shard_writer`) holds `{split}-{F}x{H}x{W}-{NNNNNN}.tar`, `index.jsonl` (where
-each part of each sample lies, and its CRC-32) and `manifest.json` (what was written, with which codec;
+each part of each sample lies, and its CRC-32), `null.safetensors` (the text encoding of no caption) and
+`manifest.json` (what was written, with which codec;
 SHA-256 per shard). The tars stay plain WebDataset tars, but are read by offset: a tar reader loses samples
 without an error when a shard is cut at a member border or a byte of a header flips, and never sees a flipped
 byte of a payload.
@@ -26,6 +27,7 @@ from ..moe_lora.errors import WanmoeError
 
 FORMAT = "wanmoe-shards/1"
 LATENT, TEXT, ROI, META = "latent.safetensors", "text.safetensors", "roi.safetensors", "json"
+NULL = "null.safetensors"
 
 
 class ShardError(WanmoeError):
@@ -126,6 +128,21 @@ class ShardDataset(Dataset[Sample]):
         frames, height, width = (int(n) for n in self._rows[0]["bucket"].split("x"))
         return frames, height, width
 
+    @property
+    def null_context(self) -> Tensor | None:
+        """fp32 [n, D], what the text encoder made of no caption; None in a folder that has none."""
+        facts = self.manifest.get("null_context")
+        if facts is None:
+            return None
+        path = self.root / NULL
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ShardError(str(path), None, None, f"cannot be read ({error.strerror})") from error
+        if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+            raise ShardError(str(path), None, None, "altered or cut short: its SHA-256 is not the manifest's")
+        return load(data)["context"].float()
+
     def instruments(self, index: int) -> tuple[tuple[str, float], ...]:
         """(name, weight) pairs of one sample, from the index alone."""
         return tuple((str(one["name"]), float(one["weight"])) for one in self._rows[index]["instruments"])
@@ -157,7 +174,7 @@ class ShardDataset(Dataset[Sample]):
 
 def is_shard_file(name: str) -> bool:
     """Whether a file of this name in a folder of shards was written by `ShardWriter`."""
-    return name in ("manifest.json", "index.jsonl") or name.endswith(".tar")
+    return name in ("manifest.json", "index.jsonl", NULL) or name.endswith(".tar")
 
 
 def read_manifest(root: Path) -> tuple[dict[str, Any], str]:

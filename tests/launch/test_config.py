@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from wanmoe.launch import config as module
 from wanmoe.launch.config import check_key, load_config, load_experts, valid_keys
 from wanmoe.moe_lora import WanmoeError

@@ -1,11 +1,14 @@
 """A small set of labelled shards, a base and configs that train on it in a second or two a run."""
 
+import socket
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tomli_w
 import torch
+
 from wanmoe.launch.config import LaunchConfig
 from wanmoe.launch.launcher import command, environment
 from wanmoe.moe_lora.wan.config import WanConfig
@@ -22,7 +25,7 @@ def write_shards(root: Path, labelled: bool = True, count: int = 12) -> Path:
     """Clips whose latent has a pattern of their instrument, so that there is something to learn."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randn(4, 16, 2, 4, 4, generator=generator)
-    with ShardWriter(root, STAND_IN, STAND_IN) as writer:
+    with ShardWriter(root, STAND_IN, STAND_IN, null_context=torch.ones(1, 16)) as writer:
         for index in range(count + 4):
             label = index % 4
             latent = patterns[label] + 0.3 * torch.randn(16, 2, 4, 4, generator=generator)
@@ -64,33 +67,38 @@ def config(shards, base, tmp_path) -> dict:
     }
 
 
-def write_config(tree: dict, path: Path) -> Path:
-    path.write_text(tomli_w.dumps(tree))
-    return path
-
-
 def free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def start(tree: dict, path: Path, **more) -> subprocess.Popen:
+def start(tree: dict, path: Path) -> subprocess.Popen:
     """Starts the real deepspeed launcher on a config."""
     tree = tree | {"launch": {"master_port": free_port()} | tree["launch"]}
-    write_config(tree, path)
+    path.write_text(tomli_w.dumps(tree))
     launch = LaunchConfig(**tree["launch"])
     words = command(launch, ["train", "--config", str(path)])
     return subprocess.Popen(
-        words, env=environment(launch), stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, **more
+        words, env=environment(launch), stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True
     )
 
 
-def run_training(tree: dict, path: Path) -> str:
+def run(tree: dict, path: Path) -> str:
     """Trains under the real launcher and returns its output; fails the test when it fails."""
     process = start(tree, path)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-4000:]
     return output
+
+
+@pytest.fixture(scope="session")
+def launcher() -> SimpleNamespace:
+    """`start` and `run` of a training config under the deepspeed launcher, and a `free_port`."""
+    return SimpleNamespace(start=start, run=run, free_port=free_port)
+
+
+@pytest.fixture(scope="session")
+def make_shards():
+    """`write_shards`, for tests that need a set of their own."""
+    return write_shards

@@ -1,12 +1,11 @@
-"""Batches: labels reach them, all ranks have as many, the samples do not depend on the world size (traps A2)."""
+"""Batches: labels reach them, all ranks have as many, the samples do not depend on the world (trap A2)."""
 
 import pytest
 import torch
+
 from wanmoe.moe_lora import Expert, ExpertSet, RouterConfig, WanmoeError
 from wanmoe.train import ShardDataset
 from wanmoe.train.batch import LabelGates, TrainBatches, instrument_weights
-
-from tests.train.conftest import write_shards
 
 EXPERTS = ExpertSet()
 
@@ -42,7 +41,7 @@ def test_every_split_of_the_global_batch_sees_the_same_samples(shards, world, ba
             keys(batches(shards, rank, world, batch, accumulation)(step, step + 1)) for rank in range(world)
         ]
         assert {len(part) for part in ranks} == {6 // world}
-        assert set(sum(ranks, [])) == expected[step]
+        assert {key for part in ranks for key in part} == expected[step]
 
 
 def test_an_epoch_shows_every_clip_once_and_a_resume_goes_on_where_it_was(shards):
@@ -56,8 +55,8 @@ def test_worker_processes_change_nothing(shards):
     assert keys(batches(shards, workers=2)(0, 5)) == keys(batches(shards)(0, 5))
 
 
-def test_a_clip_without_evidence_stops_a_stage_that_routes_by_label(tmp_path):
-    unlabelled = write_shards(tmp_path / "clips", labelled=False, count=4)
+def test_a_clip_without_evidence_stops_a_stage_that_routes_by_label(make_shards, tmp_path):
+    unlabelled = make_shards(tmp_path / "clips", labelled=False, count=4)
     with pytest.raises(WanmoeError, match=r"sample train_00\d_abcdef01 has no instrument label"):
         next(batches(unlabelled)(0, 1))
 
@@ -75,8 +74,8 @@ def test_captions_speak_where_labels_are_silent():
     assert gates("k", [], "吸引清理").tolist() == [0, 0, 1, 0]
 
 
-def test_balanced_sampling_draws_rare_instruments_as_often(tmp_path):
-    root = write_shards(tmp_path / "clips", count=9)  # Scissors three times, the others twice
+def test_balanced_sampling_draws_rare_instruments_as_often(make_shards, tmp_path):
+    root = make_shards(tmp_path / "clips", count=9)  # Scissors three times, the others twice
     dataset = ShardDataset(root)
     assert sum(instrument_weights(dataset)) == pytest.approx(4)
     seen = torch.zeros(4)

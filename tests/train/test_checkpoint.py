@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+
 from wanmoe.moe_lora import WanmoeError
 from wanmoe.train import checkpoint
 

@@ -4,6 +4,7 @@ import importlib.metadata
 
 import pytest
 import torch
+
 from wanmoe.launch.config import parse_config
 from wanmoe.moe_lora import AdapterConfig, RouterConfig, WanmoeError, attach
 from wanmoe.moe_lora.wan.config import WanConfig
@@ -13,13 +14,17 @@ from wanmoe.train.engine import RoutedDiT, check_versions, deepspeed_config
 from wanmoe.train.stages import STAGES
 
 
-@pytest.mark.parametrize(("version", "fits"), [("0.19.7", False), ("0.9.20", False), ("0.19.8", True), ("1.0.0+x", True)])
+@pytest.mark.parametrize(
+    ("version", "fits"), [("0.19.7", False), ("0.9.20", False), ("0.19.8", True), ("1.0.0+x", True)]
+)
 def test_an_old_deepspeed_is_refused_with_the_command_that_mends_it(monkeypatch, version, fits):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     if fits:
         check_versions()
     else:
-        with pytest.raises(WanmoeError, match=r"deepspeed .* is too old; run: pip install 'deepspeed>=0.19.8'"):
+        with pytest.raises(
+            WanmoeError, match=r"deepspeed .* is too old; run: pip install 'deepspeed>=0.19.8'"
+        ):
             check_versions()
 
 
@@ -36,7 +41,9 @@ def test_settings_on_a14b_keep_adapters_resident_and_prefetch_one_block(config):
 
 
 def test_any_deepspeed_key_can_be_overridden(config, base):
-    config["deepspeed"] = {"config": {"zero_optimization": {"stage3_max_live_parameters": 7}, "wall_clock_breakdown": True}}
+    config["deepspeed"] = {
+        "config": {"zero_optimization": {"stage3_max_live_parameters": 7}, "wall_clock_breakdown": True}
+    }
     dit = load_dit(base)
     trainable = attach(dit, AdapterConfig(blocks=2)).parameters()
     found = deepspeed_config(parse_config(config, "test"), dit, trainable, bf16=False)

@@ -1,4 +1,4 @@
-"""Training under the real deepspeed launcher: ZeRO-3, two gloo ranks, stop and resume (traps A1, A7, B3, B6)."""
+"""Training under the real deepspeed launcher: ZeRO-3, two gloo ranks, resume (traps A1, A7, B3, B6)."""
 
 import json
 import math
@@ -10,12 +10,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from wanmoe.moe_lora.adapter_file import read_adapter
 from wanmoe.moe_lora.wan.weights import load_dit
 from wanmoe.train.shard_writer import ShardWriter
 from wanmoe.train.tracking import read_metrics
 
-from tests.train.conftest import STAND_IN, run_training, start
+STAND_IN = {"name": "test", "fingerprint": "0" * 64, "stand_in": True}
 
 
 def losses(run):
@@ -23,7 +24,7 @@ def losses(run):
 
 
 @pytest.fixture(scope="module")
-def stages(shards, base, tmp_path_factory):
+def stages(launcher, shards, base, tmp_path_factory):
     """Stages a, b, c, each from the file of the one before, on two ranks; shared by the tests below."""
     root = tmp_path_factory.mktemp("stages")
     outputs = {}
@@ -48,7 +49,7 @@ def stages(shards, base, tmp_path_factory):
             tree["adapter"] = {"blocks": 2, "ffn_blocks": 1}
         if stage == "c":
             tree["router"] = {"mode": "learned"}
-        outputs[stage] = (tree, run_training(tree, root / f"{stage}.toml"))
+        outputs[stage] = (tree, launcher.run(tree, root / f"{stage}.toml"))
     return root, outputs
 
 
@@ -85,7 +86,7 @@ def test_saving_gathers_what_trains_and_nothing_frozen(stages, base):
     assert {value.dtype for value in state.values()} == {torch.float32}
 
 
-def test_a_resumed_run_is_bit_equal_to_a_straight_one(stages, tmp_path):
+def test_a_resumed_run_is_bit_equal_to_a_straight_one(launcher, stages, tmp_path):
     root, outputs = stages
     for stage in ("b", "c"):
         tree = json.loads(json.dumps(outputs[stage][0]))
@@ -93,7 +94,7 @@ def test_a_resumed_run_is_bit_equal_to_a_straight_one(stages, tmp_path):
         shutil.copytree(root / stage, run)
         shutil.rmtree(run / "resume" / "step_00000006")
         tree["train"]["run"] = str(run)
-        output = run_training(tree, tmp_path / f"{stage}.toml")
+        output = launcher.run(tree, tmp_path / f"{stage}.toml")
         assert "at step 3" in output
         straight = load_file(root / stage / "resume" / "step_00000006" / "state.safetensors")
         resumed = load_file(run / "resume" / "step_00000006" / "state.safetensors")
@@ -102,13 +103,13 @@ def test_a_resumed_run_is_bit_equal_to_a_straight_one(stages, tmp_path):
         assert losses(run) == losses(root / stage)
 
 
-def test_one_rank_and_two_forwards_train_like_two_ranks(stages, tmp_path):
+def test_one_rank_and_two_forwards_train_like_two_ranks(launcher, stages, tmp_path):
     root, outputs = stages
     tree = json.loads(json.dumps(outputs["a"][0]))
     tree["train"] |= {"run": str(tmp_path / "run"), "accumulation": 2}
     tree["launch"] = {"ranks": 1}
     tree["tracking"] = {"enabled": False}
-    run_training(tree, tmp_path / "a.toml")
+    launcher.run(tree, tmp_path / "a.toml")
     torch.testing.assert_close(losses(tmp_path / "run"), losses(root / "a"), rtol=1e-5, atol=1e-6)
     one = read_adapter(tmp_path / "run" / "adapter.safetensors")[1]
     two = read_adapter(root / "a" / "adapter.safetensors")[1]
@@ -116,23 +117,21 @@ def test_one_rank_and_two_forwards_train_like_two_ranks(stages, tmp_path):
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
 
 
-def test_two_nodes_on_one_machine_train_like_two_local_ranks(stages, tmp_path):
+def test_two_nodes_on_one_machine_train_like_two_local_ranks(launcher, stages, tmp_path):
     root, outputs = stages
     hostfile = tmp_path / "hosts"
     hostfile.write_text("node-a slots=1\nnode-b slots=1\n")
     tree = json.loads(json.dumps(outputs["a"][0]))
     tree["train"]["run"] = str(tmp_path / "run")
     tree["tracking"] = {"enabled": False}
-    from tests.train.conftest import free_port
-
     common = {
         "hostfile": str(hostfile),
         "no_ssh": True,
         "master_addr": "127.0.0.1",
-        "master_port": free_port(),
+        "master_port": launcher.free_port(),
     }
     nodes = [
-        start(tree | {"launch": common | {"node_rank": rank}}, tmp_path / f"node{rank}.toml")
+        launcher.start(tree | {"launch": common | {"node_rank": rank}}, tmp_path / f"node{rank}.toml")
         for rank in (0, 1)
     ]
     outputs = [node.communicate(timeout=300)[0] for node in nodes]
@@ -143,9 +142,9 @@ def test_two_nodes_on_one_machine_train_like_two_local_ranks(stages, tmp_path):
     assert all(torch.equal(two_nodes[name], two_ranks[name]) for name in two_ranks)
 
 
-def test_sigterm_saves_within_a_step_and_the_same_command_goes_on(config, tmp_path):
+def test_sigterm_saves_within_a_step_and_the_same_command_goes_on(launcher, config, tmp_path):
     config["train"]["steps"] = 100_000
-    process = start(config, tmp_path / "config.toml")
+    process = launcher.start(config, tmp_path / "config.toml")
     for line in process.stdout:
         if line.startswith("step 0: held-out loss"):
             break
@@ -158,9 +157,13 @@ def test_sigterm_saves_within_a_step_and_the_same_command_goes_on(config, tmp_pa
     assert (tmp_path / "run" / "adapter.safetensors").exists()
 
 
-def test_a_loss_that_is_not_finite_changes_nothing_and_stops_with_the_sample_named(config, tmp_path):
+def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_sample(
+    launcher, config, tmp_path
+):
     """One clip so large that its loss overflows: skipped on both ranks, then the run gives up."""
-    with ShardWriter(tmp_path / "huge", STAND_IN, STAND_IN, dtype=torch.float32) as writer:
+    with ShardWriter(
+        tmp_path / "huge", STAND_IN, STAND_IN, null_context=torch.ones(1, 16), dtype=torch.float32
+    ) as writer:
         for index, split in enumerate(("train", "train", "val")):
             meta = {
                 "caption": "a clip",
@@ -172,7 +175,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_stops_with_the_sample_nam
             writer.add(f"clip_{index:03d}_abcdef01", split, latent, torch.randn(2, 16), meta)
     config["data"]["shards"] = str(tmp_path / "huge")
     config["train"] |= {"max_bad_steps": 2, "accumulation": 2}
-    process = start(config, tmp_path / "config.toml")
+    process = launcher.start(config, tmp_path / "config.toml")
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "step 0: loss is not finite; skipped on all ranks; samples:" in output
@@ -181,12 +184,12 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_stops_with_the_sample_nam
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
-def test_pretrain_writes_a_model_that_loads(config, shards, tmp_path):
+def test_pretrain_writes_a_model_that_loads(launcher, config, shards, tmp_path):
     config["model"] = {"preset": "tiny"}
     config["train"] |= {"stage": "pretrain", "steps": 3}
     del config["adapter"]
     # The clips' text is 16 wide and the preset reads 64: refused before the first step, in one line per rank.
-    process = start(config, tmp_path / "config.toml")
+    process = launcher.start(config, tmp_path / "config.toml")
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0 and "Traceback" not in output
     assert "text embeddings are 16 wide, the model reads 64" in output

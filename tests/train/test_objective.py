@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from wanmoe.train.config import ObjectiveConfig
 from wanmoe.train.objective import draw_t, flow_matching_loss, noised, sample_generator
 
@@ -23,7 +24,9 @@ def test_x_t_and_v():
 
 
 def test_the_loss_is_the_mean_square_per_clip():
-    loss = flow_matching_loss(torch.ones(2, 16, 1, 2, 2), torch.tensor([1.0, 4.0]).view(2, 1, 1, 1, 1).expand(2, 16, 1, 2, 2))
+    loss = flow_matching_loss(
+        torch.ones(2, 16, 1, 2, 2), torch.tensor([1.0, 4.0]).view(2, 1, 1, 1, 1).expand(2, 16, 1, 2, 2)
+    )
     assert loss.tolist() == [0, 9]
 
 

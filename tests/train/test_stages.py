@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from wanmoe.moe_lora import AdapterConfig, RouterConfig, WanmoeError, attach
 from wanmoe.moe_lora.wan.weights import load_dit
 from wanmoe.train.engine import RoutedDiT

@@ -2,6 +2,7 @@
 
 import pytest
 from mlflow import MlflowClient
+
 from wanmoe.moe_lora import WanmoeError
 from wanmoe.train.config import TrackingConfig
 from wanmoe.train.tracking import Tracker, read_metrics
