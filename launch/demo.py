@@ -170,6 +170,7 @@ def stage_config(
         "data": {
             "shards": str(shards["background" if stage == "pretrain" else "clips"]),
             "batch": recipe.batch,
+            "val_batch": 8,
         },
         "objective": {"t_range": [0.0, 1.0]},
         "optimizer": {"lr": recipe.lr[number], "schedule": "cosine"},
@@ -204,6 +205,9 @@ def run_stage(config: Config, out: Path) -> None:
     code = launch(config.launch, ["train", "--config", str(path)])
     if code != 0:
         raise WanmoeError(f"stage {config.train.stage} failed with exit code {code}; its output is above")
+    reached = max((int(line["step"]) for line in read_metrics(config.train.run)), default=0)
+    if reached < config.train.steps:
+        raise WanmoeError(f"stage {config.train.stage} was stopped at step {reached} of {config.train.steps}")
 
 
 def measure(out: Path, experts: ExpertSet, shards: Path, recipe: Recipe, seed: int) -> DemoResults:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
+import psutil
 import torch
 
 from ..moe_lora import WanmoeError
@@ -20,8 +23,36 @@ def under_launcher() -> bool:
 
 
 def launch(config: LaunchConfig, arguments: Sequence[str]) -> int:
-    """Runs `wanmoe <arguments>` as the ranks of a DeepSpeed job and returns the exit code of the job."""
-    return subprocess.call(command(config, arguments), env=environment(config))
+    """Runs `wanmoe <arguments>` as the ranks of a DeepSpeed job and returns its exit code.
+
+    SIGINT and SIGTERM go to the ranks alone, which save and end by themselves: DeepSpeed's launcher would
+    kill them one after the other and report a failure. So the job has a session of its own, out of Ctrl-C's
+    reach.
+    """
+    job = subprocess.Popen(command(config, arguments), env=environment(config), start_new_session=True)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        ranks = local_rank_processes(job.pid)
+        for rank in ranks:
+            rank.send_signal(signal.SIGTERM)
+        if not ranks:
+            os.killpg(job.pid, signal.SIGTERM)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return job.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def local_rank_processes(job: int) -> list[psutil.Process]:
+    """The ranks that DeepSpeed's launcher has started under process `job` on this machine."""
+    try:
+        children = psutil.Process(job).children(recursive=True)
+        return [child for child in children if any("--local_rank=" in word for word in child.cmdline())]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def command(config: LaunchConfig, arguments: Sequence[str]) -> list[str]:

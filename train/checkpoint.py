@@ -22,8 +22,6 @@ from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
@@ -32,11 +30,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..moe_lora import WanmoeError
-from .engine import set_step_count
+from .engine import MOMENTS, allocate_moments
 from .shard_check import file_sha256
 
 FORMAT = "wanmoe-resume/1"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 FILES = ("state.safetensors", "trainer.json")
 
 
@@ -67,20 +64,14 @@ def restore_state(
     engine: Any, trainable: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], step: int
 ) -> None:
     """Puts gathered masters and moments back into a fresh engine, at any world size."""
+    allocate_moments(engine, step)
     for name, parameter in trainable.items():
         _set(parameter, state[f"param/{name}"], None)
         for key in MOMENTS:
             _set(parameter, state[f"{key}/{name}"], key)
-    set_step_count(engine, step)
 
 
 def _set(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
-    if not hasattr(parameter, "ds_id"):
-        if key is None:
-            safe_set_full_fp32_param(parameter, value)
-        else:
-            safe_set_full_optimizer_state(parameter, value, key)
-        return
     # ZeRO-3 pads a parameter that does not divide by the world size; its own setter for whole values does
     # not.
     local = safe_get_local_fp32_param(parameter)

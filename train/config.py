@@ -47,6 +47,8 @@ class DataConfig(Section):
     """Folder written by `wanmoe prepare`."""
     batch: int = Field(1, ge=1)
     """Clips per rank and forward."""
+    val_batch: int | None = Field(None, ge=1)
+    """Held-out clips per rank and forward; default: as `batch`. They need no graph, so more of them fit."""
     workers: int = Field(0, ge=0)
     """Reader processes per rank; 0 reads in the training process."""
     balanced: bool = True
@@ -123,10 +125,8 @@ class TrainConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    """Section `deepspeed`: sharding, and any key of DeepSpeed's own config."""
+    """Section `deepspeed`: any key of DeepSpeed's own config; ZeRO stage 3 is what the engine is built on."""
 
-    zero: Literal[0, 1, 2, 3] = 3
-    """ZeRO stage."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Merged over the settings that are derived from the model."""
 

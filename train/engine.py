@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 DEEPSPEED_FLOOR = (0, 19, 8)
 # One bucket of at most this many gradient elements: DeepSpeed's default of 5e8 allocates 2 GB for any model.
 MAX_BUCKET = 200_000_000
+# Per-parameter state of AdamW beside its step count.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class RoutedDiT(nn.Module):
@@ -123,7 +125,7 @@ def deepspeed_config(
         "steps_per_print": 10**9,
         "bf16": {"enabled": bf16},
         "zero_optimization": {
-            "stage": config.deepspeed.zero,
+            "stage": 3,
             "reduce_bucket_size": min(MAX_BUCKET, max(total, 1)),
             # One block ahead; every adapter tensor stays resident, the base is sharded.
             "stage3_prefetch_bucket_size": block,
@@ -131,7 +133,13 @@ def deepspeed_config(
             "stage3_param_persistence_threshold": _largest_adapter_tensor(dit),
         },
     }
-    return _merge(derived, config.deepspeed.config)
+    merged = _merge(derived, config.deepspeed.config)
+    stage = merged["zero_optimization"]["stage"]
+    if stage != 3:
+        raise WanmoeError(
+            f"deepspeed.config.zero_optimization.stage = {stage}: only ZeRO stage 3 is supported"
+        )
+    return merged
 
 
 def _largest_adapter_tensor(dit: WanDiT) -> int:
@@ -154,11 +162,7 @@ def make_engine(
     spec: StageSpec,
     device: torch.device,
 ) -> Any:
-    """A DeepSpeed engine over `module` whose optimizer holds exactly `trainable`.
-
-    The learning rate starts at zero: the engine takes an empty step to allocate its state, and that must not
-    decay anything. The loop sets it before every step.
-    """
+    """A DeepSpeed engine over `module` whose optimizer holds exactly `trainable`; the loop sets the rates."""
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
 
@@ -166,8 +170,7 @@ def make_engine(
 
     check_versions()
     bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
-    if config.deepspeed.zero == 3:
-        set_z3_leaf_modules(module, [WanBlock])
+    set_z3_leaf_modules(module, [WanBlock])
     router_lr = config.optimizer.router_lr or 1e-4
     lr = config.optimizer.lr or spec.lr
     joint = "router" in spec.trains and len(spec.trains) > 1
@@ -183,21 +186,15 @@ def make_engine(
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=deepspeed_config(config, module.dit, trainable, bf16)
     )
-    set_step_count(engine, 0)
     return engine
 
 
-def adam_states(engine: Any) -> list[dict[str, Any]]:
-    """The per-tensor states of the AdamW under the engine."""
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    return list(inner.state.values())
-
-
-def set_step_count(engine: Any, step: int) -> None:
-    """The empty step that allocates the moments must not count in the bias correction."""
-    for state in adam_states(engine):
-        if "step" in state:
-            state["step"] = torch.full_like(torch.as_tensor(state["step"], dtype=torch.float32), float(step))
+def allocate_moments(engine: Any, step: int) -> None:
+    """Zero moments, as after `step` steps, for every shard that the engine updates: AdamW makes them late."""
+    states = engine.optimizer.optimizer.state
+    for shard in engine.optimizer.fp32_partitioned_groups_flat:
+        moments = {key: torch.zeros_like(shard) for key in MOMENTS}
+        states[shard] = {"step": torch.tensor(float(step)), **moments}
 
 
 def set_lr(engine: Any, factor: float) -> float:

@@ -207,19 +207,17 @@ class Trainer:
             values, stopped = self.train_step(batches)
             bar.update()
             bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
-            if self.step % config.log_every == 0 or self.step == config.steps:
-                now = time.monotonic()
-                values["train/steps_per_s"] = (self.step - logged_at) / max(now - began, 1e-9)
-                began, logged_at = now, self.step
+            ended = self.step == config.steps
+            if self.step % config.log_every == 0 or ended:
+                values["train/steps_per_s"] = (self.step - logged_at) / max(time.monotonic() - began, 1e-9)
                 self._log(values)
-            if self.step == config.steps or (config.val_every and self.step % config.val_every == 0):
+            if ended or (config.val_every and self.step % config.val_every == 0):
                 self._validate()
-            if (
-                self.step == config.steps
-                or stopped
-                or (config.save_every and self.step % config.save_every == 0)
-            ):
+            if ended or stopped or (config.save_every and self.step % config.save_every == 0):
                 self._save()
+            if self.step % config.log_every == 0:
+                # Validation and saving are not training time.
+                began, logged_at = time.monotonic(), self.step
         bar.close()
         if self.rank == 0 and stopped:
             self._say(f"stopped by signal at step {self.step}; the same command goes on from there")
@@ -365,7 +363,7 @@ class Trainer:
             self.held_out,
             self.gates,
             levels=levels,
-            batch=self.config.data.batch,
+            batch=self.config.data.val_batch or self.config.data.batch,
             device=self.device,
         )
         values = {f"val/loss_t{level}": float(x) for level, x in zip(levels, losses.mean(0), strict=True)}

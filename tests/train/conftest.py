@@ -2,6 +2,7 @@
 
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,12 +74,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(tree: dict, path: Path) -> subprocess.Popen:
-    """Starts the real deepspeed launcher on a config."""
+def start(tree: dict, path: Path, through_wanmoe: bool = False) -> subprocess.Popen:
+    """Starts the real deepspeed launcher on a config; directly, or as `wanmoe train` does."""
     tree = tree | {"launch": {"master_port": free_port()} | tree["launch"]}
     path.write_text(tomli_w.dumps(tree))
     launch = LaunchConfig(**tree["launch"])
     words = command(launch, ["train", "--config", str(path)])
+    if through_wanmoe:
+        words = [sys.executable, "-m", "wanmoe.launch", "train", "--config", str(path)]
     return subprocess.Popen(
         words, env=environment(launch), stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True
     )

@@ -142,24 +142,24 @@ def test_two_nodes_on_one_machine_train_like_two_local_ranks(launcher, stages, t
     assert all(torch.equal(two_nodes[name], two_ranks[name]) for name in two_ranks)
 
 
-def test_sigterm_saves_within_a_step_and_the_same_command_goes_on(launcher, config, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_within_a_step_and_exits_cleanly(launcher, config, tmp_path, number):
     config["train"]["steps"] = 100_000
-    process = launcher.start(config, tmp_path / "config.toml")
+    process = launcher.start(config, tmp_path / "config.toml", through_wanmoe=True)
     for line in process.stdout:
         if line.startswith("step 0: held-out loss"):
             break
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     rest, _ = process.communicate(timeout=120)
-    assert "stopped by signal at step" in rest, rest[-3000:]
+    assert process.returncode == 0, rest[-3000:]
+    assert "stopped by signal at step" in rest
     (state,) = (tmp_path / "run" / "resume").iterdir()
     trainer = json.loads((state / "trainer.json").read_text())
     assert 0 < trainer["step"] < 100_000
     assert (tmp_path / "run" / "adapter.safetensors").exists()
 
 
-def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_sample(
-    launcher, config, tmp_path
-):
+def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_sample(launcher, config, tmp_path):
     """One clip so large that its loss overflows: skipped on both ranks, then the run gives up."""
     with ShardWriter(
         tmp_path / "huge", STAND_IN, STAND_IN, null_context=torch.ones(1, 16), dtype=torch.float32
@@ -182,6 +182,18 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_sample(
     assert "loss was not finite in 2 steps in a row" in output and "clip_000_abcdef01" in output
     assert "Traceback" not in output
     assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_bf16_training_keeps_fp32_masters(launcher, config, tmp_path):
+    """Updates far below the step of a bf16 number (1/256 of the value) still add up (trap A15)."""
+    config["train"] |= {"precision": "bf16", "steps": 4}
+    config["optimizer"] = {"lr": 1e-5, "warmup_steps": 0, "weight_decay": 0.0}
+    launcher.run(config, tmp_path / "config.toml")
+    state = load_file(tmp_path / "run" / "resume" / "step_00000004" / "state.safetensors")
+    masters = {name: value for name, value in state.items() if name.startswith("param/")}
+    assert {value.dtype for value in masters.values()} == {torch.float32}
+    down = masters["param/blocks.2.self_attn.q.base_down"]
+    assert not torch.equal(down, down.bfloat16().float())
 
 
 def test_pretrain_writes_a_model_that_loads(launcher, config, shards, tmp_path):

@@ -1,0 +1,207 @@
+"""The command as a user meets it: its options, and one clear line for all that can be wrong (trap A28)."""
+
+import json
+import subprocess
+import sys
+
+import click
+import pytest
+import torch
+import typer
+
+from wanmoe.launch import cli
+from wanmoe.moe_lora import AdapterConfig, attach, save_adapter
+from wanmoe.moe_lora.video import write_video
+from wanmoe.moe_lora.wan.config import WanConfig
+from wanmoe.moe_lora.wan.dit import WanDiT
+from wanmoe.moe_lora.wan.weights import save_dit
+from wanmoe.train.synth import synth_clips
+
+# Names that users and scripts rely on; a new option is added here, one that goes is a break.
+OPTIONS = {
+    "synth": "out clips val size frames seed instruments background",
+    "prepare": "clips out vae text tokenizer size frames fps stride val-fraction task experts seed",
+    "verify": "",
+    "train": "config",
+    "evaluate": "dit shards adapter wrong-expert out",
+    "generate": "prompt dit vae text output-path task dit-high-noise tokenizer lora-moe-weights "
+    "instrument-hint mix image-path num-frames video-size num-steps guidance-scale flow-shift solver "
+    "negative-prompt alpha-base alpha-expert seed device any-base",
+    "demo": "out clips ranks seed",
+}
+
+
+def run(monkeypatch, capsys, *words):
+    """(exit code, last line on standard error) of `wanmoe words`."""
+    monkeypatch.setattr(sys, "argv", ["wanmoe", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    lines = capsys.readouterr().err.strip().splitlines() or [""]
+    return stop.value.code, lines[-1]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Clips, shards, a tiny base and an adapter, made by the commands themselves where there is one."""
+    root = tmp_path_factory.mktemp("work")
+    synth_clips(root / "clips", clips=4, val=4, height=32, width=32, frames=5)
+    arguments = ["--vae", "haar", "--text", "hash", "--size", "32", "32", "--frames", "5"]
+    words = [
+        sys.executable,
+        "-m",
+        "wanmoe.launch",
+        "prepare",
+        "--clips",
+        root / "clips",
+        "--out",
+        root / "shards",
+    ]
+    subprocess.run([*words, *arguments], check=True, capture_output=True)
+    dit = WanDiT(WanConfig.preset("tiny"))
+    save_dit(dit, root / "base.safetensors")
+    save_adapter(attach(dit, AdapterConfig(blocks=2)), root / "adapter.safetensors", stage="b", step=1)
+    (root / "a.toml").write_text(
+        '[model]\ndit = "base.safetensors"\n[data]\nshards = "shards"\n[train]\nstage = "a"\nrun = "run"\n'
+    )
+    return root
+
+
+def test_the_command_line_is_frozen():
+    command = typer.main.get_command(cli.app)
+    context = click.Context(command)
+    found = {
+        name: {
+            word.removeprefix("--")
+            for option in command.get_command(context, name).params
+            for word in option.opts
+            if word.startswith("--") and word != "--help"
+        }
+        for name in command.list_commands(context)
+    }
+    assert found == {name: set(words.split()) for name, words in OPTIONS.items()}
+
+
+def test_underscores_and_dashes_are_the_same(monkeypatch, capsys, work):
+    common = ("--dit", work / "base.safetensors", "--vae", "haar", "--text", "hash", "--prompt", "hook")
+    for flag in ("--num_frames", "--num-frames"):
+        code, line = run(monkeypatch, capsys, "generate", *common, flag, "6")
+        assert code == 2 and "num_frames 6 must be 4n+1; nearest is 5" in line
+
+
+def wrong_video(root, out):
+    (out / "clip.mp4").write_bytes(b"not a video")
+    (out / "clips.jsonl").write_text('{"video_path": "clip.mp4", "caption": "hook"}\n')
+    return out / "clips.jsonl", ("clip.mp4",)
+
+
+def broken_line(root, out):
+    (out / "clips.jsonl").write_text('{"video_path": "a.mp4", "caption": "hook"}\n{"video_path": \n')
+    return out / "clips.jsonl", ("clips.jsonl:2",)
+
+
+def unknown_expert(root, out):
+    write_video(out / "a.mp4", torch.zeros(5, 32, 32, 3, dtype=torch.uint8))
+    row = {"video_path": "a.mp4", "caption": "x", "instruments": ["Scisors"]}
+    (out / "clips.jsonl").write_text(json.dumps(row) + "\n")
+    return out / "clips.jsonl", ("clips.jsonl:1", "Scisors", "Scissors")
+
+
+@pytest.mark.parametrize("fault", [wrong_video, broken_line, unknown_expert])
+def test_bad_clips_are_one_line_and_leave_nothing(monkeypatch, capsys, work, tmp_path, fault):
+    clips, words = fault(work, tmp_path)
+    arguments = ("--vae", "haar", "--text", "hash", "--size", "32", "32", "--frames", "5")
+    code, line = run(
+        monkeypatch, capsys, "prepare", "--clips", clips, "--out", tmp_path / "shards", *arguments
+    )
+    assert code == 2 and line.startswith("wanmoe: error: ") and all(word in line for word in words), line
+    assert not [path for path in tmp_path.iterdir() if path.suffix not in (".mp4", ".jsonl")]
+
+
+def cut_shard(work, tmp_path):
+    shard = next((work / "shards").glob("train-*.tar"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    return [], (shard.name, "cut short"), lambda: shard.write_bytes(whole)
+
+
+TRAIN_FAULTS = {
+    "unknown key": (["--train.step", "3"], ("train.step", "train.steps")),
+    "no base": (["--model.dit", "none.safetensors"], ("none.safetensors", "does not exist")),
+    "adapter missing": (["--train.stage", "b"], ("model.adapter is missing", "stage a")),
+    "router not learned": (
+        ["--train.stage", "c", "--model.adapter", "{work}/adapter.safetensors"],
+        ("router.mode", "learned"),
+    ),
+    "wrong checkpoint": (
+        ["--train.stage", "b", "--model.adapter", "{work}/base.safetensors"],
+        ("base.safetensors", "not a wanmoe adapter"),
+    ),
+    "no shards": (["--data.shards", "nowhere"], ("nowhere", "wanmoe prepare")),
+}
+
+
+@pytest.mark.parametrize("name", TRAIN_FAULTS)
+def test_bad_training_input_is_one_line_before_any_process_starts(monkeypatch, capsys, work, name):
+    words, expected = TRAIN_FAULTS[name]
+    words = [word.format(work=work) for word in words]
+    code, line = run(monkeypatch, capsys, "train", "--config", work / "a.toml", *words)
+    assert code == 2 and line.startswith("wanmoe: error: ") and all(word in line for word in expected), line
+    assert not (work / "run").exists()
+
+
+def test_a_shard_cut_short_is_named_by_train_and_by_verify(monkeypatch, capsys, work, tmp_path):
+    _, expected, mend = cut_shard(work, tmp_path)
+    code, line = run(monkeypatch, capsys, "train", "--config", work / "a.toml")
+    assert code == 2 and all(word in line for word in expected), line
+    code, _ = run(monkeypatch, capsys, "verify", work / "shards")
+    assert code == 1
+    mend()
+    code, _ = run(monkeypatch, capsys, "verify", work / "shards")
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--instrument_hint", "Scisors"], ("unknown expert 'Scisors'", "Scissors")),
+        (["--mix", "Scissors"], ("--mix 'Scissors'", "NAME=WEIGHT")),
+        (["--video_size", "100", "96"], ("100x96", "nearest is 96x96")),
+        (["--image_path", "x.png"], ("x.png", "t2v")),
+        (["--solver", "ddim"], ("ddim", "unipc")),
+        (["--lora_moe_weights", "{work}/base.safetensors"], ("base.safetensors", "not a wanmoe adapter")),
+    ],
+)
+def test_bad_requests_are_one_line_and_write_no_video(monkeypatch, capsys, work, tmp_path, words, expected):
+    words = [word.format(work=work) for word in words]
+    if "--lora_moe_weights" not in words:
+        words += ["--lora_moe_weights", str(work / "adapter.safetensors")]
+    common = ("--dit", work / "base.safetensors", "--vae", "haar", "--text", "hash", "--prompt", "hook")
+    target = ("--output_path", tmp_path / "out.mp4", "--num_frames", "5", "--num_steps", "1")
+    size = () if "--video_size" in words else ("--video_size", "32", "32")
+    code, line = run(monkeypatch, capsys, "generate", *common, *target, *size, *words)
+    assert code == 2 and line.startswith("wanmoe: error: ") and all(word in line for word in expected), line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["synth", "prepare", "generate"])
+def test_no_space_left_is_one_line_and_leaves_nothing(work, tmp_path, command):
+    """A file size limit stands in for the full disk: the write really fails, half-way."""
+    haar = ["--vae", "haar", "--text", "hash"]
+    small = ["--size", "32", "32", "--frames", "5"]
+    clip = ["--video_size", "96", "96", "--num_frames", "17", "--num_steps", "1", "--prompt", "hook"]
+    clip += ["--output_path", "out/video.mp4"]
+    words = {
+        "synth": ["synth", "--out", "out/clips", "--clips", "2", "--val", "1", "--size", "96", "96"],
+        "prepare": ["prepare", "--clips", work / "clips", "--out", "out/shards", *haar, *small],
+        "generate": ["generate", "--dit", work / "base.safetensors", *haar, *clip],
+    }[command]
+    (tmp_path / "out").mkdir()
+    quoted = " ".join(f"'{word}'" for word in [sys.executable, "-m", "wanmoe.launch", *words])
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f 4; {quoted}"], cwd=tmp_path, capture_output=True, text=True
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert last.startswith("wanmoe: error: ") and "out/" in last and "File too large" in last
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "out").rglob("*")) == []

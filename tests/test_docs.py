@@ -1,0 +1,58 @@
+"""The commands of the guide, run as they stand, in order, in an empty folder (trap A28)."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder after all commands; the test fails on the first that fails."""
+    place = tmp_path_factory.mktemp("guide")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    assert len(blocks("bash")) == 7
+    for block in blocks("bash"):
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block],
+            cwd=place,
+            env=os.environ | {"PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, f"{block}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    return place
+
+
+def test_the_commands_leave_what_the_guide_says(folder):
+    for name in ("runs/base/model", "runs/a/adapter", "runs/b/adapter", "runs/c/adapter"):
+        assert (folder / f"{name}.safetensors").stat().st_size > 10_000
+    for name in ("suction.mp4", "mix.mp4", "b.json", "frozen.json", "runs/mlflow.db", "runs/a/metrics.jsonl"):
+        assert (folder / name).stat().st_size > 0
+    assert not list(folder.rglob(".*tmp*"))
+
+
+def test_the_python_of_the_guide_runs(folder):
+    (code,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder / "hook.mp4").stat().st_size > 0
+
+
+def test_the_toml_of_the_guide_is_a_valid_set_of_experts(tmp_path):
+    from wanmoe.launch.config import load_experts
+
+    (text,) = blocks("toml")
+    (tmp_path / "experts.toml").write_text(text, encoding="utf-8")
+    assert load_experts(tmp_path / "experts.toml").names == ["Stapler", "Other"]
