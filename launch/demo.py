@@ -139,11 +139,11 @@ def make_data(
 
 
 def experts_of(clips: list[Clip]) -> ExpertSet:
-    """The surgical families where they cover every label, else one expert per label."""
+    """The surgical families where they cover every label or the captions speak of them, else one per label."""
     names = instrument_names(clips)
-    if not names:
-        raise WanmoeError("no clip has a label; name files after the instrument, e.g. scissors_01.mp4")
     surgical = ExpertSet(SURGICAL)
+    if not names and not any(surgical.find(clip.caption) for clip in clips):
+        raise WanmoeError("no clip has a label; name files after the instrument, e.g. scissors_01.mp4")
     if all(name.lower() in [known.lower() for known in surgical.names] for name in names):
         return surgical
     return ExpertSet([Expert(name=name) for name in names])

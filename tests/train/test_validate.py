@@ -1,0 +1,71 @@
+"""Held-out loss: the same noise for every model, every clip counted once."""
+
+import pytest
+import torch
+
+from wanmoe.moe_lora import AdapterConfig, ExpertSet, RouterConfig, attach, save_adapter
+from wanmoe.moe_lora.wan.weights import load_dit
+from wanmoe.train import ShardDataset
+from wanmoe.train.batch import LabelGates
+from wanmoe.train.evaluate import evaluate, evaluate_files, held_out_gates
+from wanmoe.train.validate import LEVELS, held_out_losses, levels_within
+
+GATES = LabelGates(ExpertSet(), RouterConfig(), needed=True)
+
+
+def test_a_model_that_knows_the_answer_has_no_loss_and_one_that_says_nothing_has_that_of_the_target(shards):
+    dataset = ShardDataset(shards, "val")
+    latents = {dataset[i].key: dataset[i].latent for i in range(len(dataset))}
+
+    def oracle(x_t, t, batch):
+        x0 = torch.stack([latents[key] for key in batch.keys])
+        return (x_t - x0) / t.view(-1, 1, 1, 1, 1)
+
+    assert held_out_losses(oracle, dataset, GATES).max() < 1e-6
+    nothing = held_out_losses(lambda x_t, t, batch: torch.zeros_like(x_t), dataset, GATES)
+    assert nothing.shape == (4, len(LEVELS)) and nothing.min() > 0.5
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_noise_does_not_depend_on_the_batch_size(shards, batch):
+    dataset = ShardDataset(shards, "val")
+
+    def predict(x_t, t, _):
+        return x_t * t.view(-1, 1, 1, 1, 1)
+
+    expected = held_out_losses(predict, dataset, GATES, batch=2)
+    torch.testing.assert_close(held_out_losses(predict, dataset, GATES, batch=batch), expected)
+
+
+def test_levels_of_a_side():
+    assert levels_within((0.0, 1.0)) == LEVELS
+    assert levels_within((0.0, 0.875)) == (0.1, 0.3, 0.5, 0.7)
+    assert levels_within((0.875, 1.0)) == (0.9,)
+    assert levels_within((0.91, 0.99)) == (0.95,)
+
+
+def test_every_clip_is_measured_with_every_expert(base, shards, tmp_path):
+    """With random experts each column differs, and that of the clip's own label is its plain loss."""
+    dit = load_dit(base)
+    adapter = attach(dit, AdapterConfig(blocks=2), RouterConfig(mode="learned"))
+    for parameter in adapter.parameters(("experts",)).values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    path = save_adapter(adapter, tmp_path / "b.safetensors", stage="b", step=1)
+    figures = evaluate_files(base, shards, path, wrong_expert=True)
+    frozen = evaluate_files(base, shards, None, wrong_expert=False)
+    assert set(figures["by_expert"]) == set(figures["by_instrument"]) == set(adapter.experts.names)
+    for label, row in figures["by_expert"].items():
+        assert row[label] == pytest.approx(figures["by_instrument"][label])
+        assert len({round(loss, 5) for loss in row.values()}) == 4
+    assert figures["loss"] == pytest.approx(sum(figures["by_instrument"].values()) / 4)
+    assert figures["loss"] != pytest.approx(frozen["loss"], rel=1e-5)
+    assert figures["by_t"]["0.1"] == pytest.approx(frozen["by_t"]["0.1"])  # experts are off below t = 0.2
+    gates = held_out_gates(path, ShardDataset(shards, "val"))
+    assert all(sum(row) == pytest.approx(1) for row in gates["router"].values())
+    # The captions of these clips name no instrument: the rule router has no evidence.
+    assert all(sum(row) == 0 for row in gates["rule"].values())
+
+
+def test_the_frozen_model_needs_no_adapter(base, shards):
+    figures = evaluate(load_dit(base), None, ShardDataset(shards, "val"), "pretrain")
+    assert figures["clips"] == 4 and set(figures["by_t"]) == {str(level) for level in LEVELS}
