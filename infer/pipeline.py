@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..moe_lora.adapter import Adapter
-from ..moe_lora.adapter_file import load_adapter, read_adapter
+from ..moe_lora.adapter_file import has_router, load_adapter, read_adapter
 from ..moe_lora.errors import WanmoeError
 from ..moe_lora.routing import Gates, RuleRouter, pool_text, top_k
 from ..moe_lora.video import read_image, to_frames, to_model, write_video
@@ -337,7 +337,7 @@ def _load_side(
     if adapter_path is None:
         return Side(dit, None)
     info, tensors = read_adapter(adapter_path)
-    if info.router.mode == "learned" and not any(key.startswith("router.") for key in tensors):
+    if info.router.mode == "learned" and not has_router(tensors):
         raise WanmoeError(
             f"{adapter_path}: it says routing is learned, but holds no router; "
             'train stage c from it, or set router.mode = "rule"'

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from ..kernels.lora_moe import lora_moe_linear
@@ -62,6 +62,14 @@ class AdapterConfig(BaseModel):
         if isinstance(value, str) and (match := re.fullmatch(r"last_(\d+)", value)):
             return int(match[1])
         return value
+
+    @model_validator(mode="after")
+    def _usable_experts(self) -> AdapterConfig:
+        try:
+            ExpertSet(self.experts, self.fallback)
+        except WanmoeError as error:
+            raise ValueError(str(error)) from error
+        return self
 
     @property
     def expert_set(self) -> ExpertSet:
@@ -122,7 +130,7 @@ class LoRAMoELinear(nn.Module):
         """[..., d_in] -> [..., d_out]; without gates the frozen linear alone."""
         if gates is None:
             return F.linear(x, self.weight, self.bias)
-        base_up, expert_up = self._drop(self.base_up), self._drop(self.expert_up)
+        base_up, expert_up = self._drop(self.base_up, self.expert_up)
         return lora_moe_linear(
             x,
             self.weight,
@@ -138,13 +146,12 @@ class LoRAMoELinear(nn.Module):
             scale_expert=self.scale,
         )
 
-    def _drop(self, up: Tensor) -> Tensor:
-        """Dropped ranks are dropped columns of the up projection: no extra pass over the tokens."""
+    def _drop(self, *ups: Tensor) -> tuple[Tensor, ...]:
+        """Dropped ranks are dropped columns of the up projections: no extra pass over the tokens."""
         if not self.training or not (self.rank_dropout or self.module_dropout):
-            return up
-        ranks = F.dropout(torch.ones_like(up[..., :1, :]), self.rank_dropout)
-        whole = F.dropout(torch.ones_like(up[..., :1, :1]), self.module_dropout)
-        return up * ranks * whole
+            return ups
+        whole = F.dropout(torch.ones((), device=ups[0].device), self.module_dropout)
+        return tuple(up * F.dropout(torch.ones_like(up[..., :1, :]), self.rank_dropout) * whole for up in ups)
 
 
 class Adapter:

@@ -38,11 +38,10 @@ class AdapterInfo(BaseModel):
     noise_expert: str
     """high, low, or both: which of the two noise experts of A14B it was trained on."""
     stage: str
+    """Row of the stage table that it was trained as."""
     step: int
     base_sha256: str
     """Hash of the frozen model it was trained on; empty when unknown."""
-    alpha_base: float = 1.0
-    alpha_expert: float = 1.0
 
 
 def save_adapter(
@@ -135,9 +134,10 @@ def load_adapter(
     """Attaches the adapter of a file to a DiT, with the experts, ranks and router that the file carries.
 
     Args:
-        noise_expert: "high" or "low", the side that `dit` is; a file of the other side is refused.
+        noise_expert: "high", "low" or "both", what `dit` serves; a file of one side goes to that side alone.
         base_sha256: hash of the base that `dit` was loaded from; a file trained on another base is refused.
-        router: replaces the file's routing; a learned router that the file lacks starts fresh.
+        router: the keys that are set in it replace those of the file. A learned router that the file lacks
+            starts fresh: it must be trained before it routes anything.
         any_base: load in spite of another noise expert, task or base.
 
     Raises:
@@ -145,28 +145,32 @@ def load_adapter(
     """
     info, tensors = read_adapter(path)
     problems = []
-    if noise_expert and "both" not in (noise_expert, info.noise_expert) and info.noise_expert != noise_expert:
+    if noise_expert and info.noise_expert not in ("both", noise_expert):
         problems.append(f"it belongs to the {info.noise_expert} noise expert, this model is {noise_expert}")
     if info.task != dit.config.task:
         problems.append(f"it was trained for {info.task}, this model is {dit.config.task}")
     if base_sha256 and info.base_sha256 and info.base_sha256 != base_sha256:
         problems.append(f"it was trained on base {info.base_sha256[:12]}, this base is {base_sha256[:12]}")
     if problems and not any_base:
-        raise WanmoeError(
-            f"{path}: {'; '.join(problems)}; pass any_base (--any_base) to load it all the same"
-        )
-    adapter = attach(dit, info.adapter, router or info.router)
+        raise WanmoeError(f"{path}: {'; '.join(problems)}; pass any_base (--any_base) to load it all the same")
+    changed = {} if router is None else {key: getattr(router, key) for key in router.model_fields_set}
+    adapter = attach(dit, info.adapter, info.router.model_copy(update=changed))
     _fill(adapter, tensors, str(path))
     return adapter
 
 
+def has_router(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors of an adapter file include a learned router."""
+    return any(name.startswith("router.") for name in tensors)
+
+
 def _fill(adapter: Adapter, tensors: Mapping[str, Tensor], path: str) -> None:
     wanted = adapter.parameters()
-    fresh_router = not any(name.startswith("router.") for name in tensors)
-    missing = [
-        name for name in wanted if name not in tensors and not (fresh_router and name.startswith("router."))
-    ]
-    extra = [name for name in tensors if name not in wanted and not name.startswith("router.")]
+    if has_router(tensors) and adapter.router is None:
+        raise WanmoeError(f"{path}: it holds a learned router, which router.mode = 'rule' would drop; leave the key out")
+    given = wanted if has_router(tensors) else adapter.parameters(("base", "experts"))
+    missing = [name for name in given if name not in tensors]
+    extra = [name for name in tensors if name not in wanted]
     misshapen = [
         f"{name} {tuple(tensors[name].shape)} for {tuple(wanted[name].shape)}"
         for name in wanted
@@ -174,9 +178,7 @@ def _fill(adapter: Adapter, tensors: Mapping[str, Tensor], path: str) -> None:
     ]
     for what, names in (("missing", missing), ("unknown", extra), ("misshapen", misshapen)):
         if names:
-            raise WanmoeError(
-                f"{path}: {len(names)} {what} tensors: {', '.join(names[:8])}; does it fit this model?"
-            )
-    for name, parameter in wanted.items():
-        if name in tensors:
-            parameter.data.copy_(tensors[name])
+            shown = ", ".join(names[:8])
+            raise WanmoeError(f"{path}: {len(names)} {what} tensors: {shown}; does it fit this model?")
+    for name in given:
+        wanted[name].data.copy_(tensors[name])

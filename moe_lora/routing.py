@@ -55,8 +55,6 @@ class RouterConfig(BaseModel):
     """Of the softmax over keyword hits (rule) and over the network's logits (learned)."""
     hidden_dim: int = Field(64, ge=1)
     """Width of the learned router's hidden layer."""
-    ema_beta: float = Field(0.9, ge=0, lt=1)
-    """Smoothing of per-frame gates along the latent frames of one clip."""
     bands: tuple[tuple[float, float], ...] = ((0.0, 0.0), (0.2, 0.5), (0.6, 1.0))
     """(t from which it holds, factor on the expert gates) in rising t; the first must start at 0."""
 
