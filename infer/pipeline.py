@@ -95,7 +95,8 @@ class LoRAMoEInference:
         vae_path: codec, as `load_vae` takes it; "haar" is the stand-in.
         t5_path: text encoder, as `load_text_encoder` takes it; "hash" is the stand-in.
         lora_moe_weights: an adapter file, or a pair (low, high); None generates with the frozen model. A
-            single file goes to the noise expert it was trained on, or to both if it says "both".
+            single file goes to the noise expert it was trained on, or to both if it says "both". One of the
+            high-noise expert needs `dit_high_noise_path`.
         dit_high_noise_path: the high-noise model; None runs `dit_path` at every noise level.
         clip_path: accepted and not used, since Wan2.2 has no image encoder.
         alpha_base, alpha_expert: strength of the base adapter and of the experts.
@@ -133,7 +134,7 @@ class LoRAMoEInference:
         paths = {"low": Path(dit_path)}
         if dit_high_noise_path is not None:
             paths["high"] = Path(dit_high_noise_path)
-        adapters = _adapter_paths(lora_moe_weights, two_sides="high" in paths)
+        adapters = _adapter_paths(lora_moe_weights, "high" in paths, any_base)
         self.sides = {
             name: _load_side(name, path, adapters.get(name), task, self.device, dtype, any_base)
             for name, path in paths.items()
@@ -300,22 +301,32 @@ class LoRAMoEInference:
 
 
 def _adapter_paths(
-    given: PathLike | tuple[PathLike | None, PathLike | None] | None, two_sides: bool
+    given: PathLike | tuple[PathLike | None, PathLike | None] | None, two_sides: bool, any_base: bool
 ) -> dict[str, Path]:
     """Adapter file of each side."""
     if given is None:
         return {}
     if isinstance(given, tuple):
-        if not two_sides and given[1] is not None:
-            raise WanmoeError(f"adapter {given[1]} is for a high-noise model: give dit_high_noise_path too")
-        return {
-            name: Path(path) for name, path in zip(("low", "high"), given, strict=True) if path is not None
-        }
-    path = Path(given)
-    if not two_sides:
-        return {"low": path}
-    side = read_adapter(path)[0].noise_expert
-    return {name: path for name in ("low", "high") if side in (name, "both")}
+        paths = {n: Path(path) for n, path in zip(("low", "high"), given, strict=True) if path is not None}
+    else:
+        path = Path(given)
+        side = read_adapter(path)[0].noise_expert if two_sides else "low"
+        paths = {name: path for name in ("low", "high") if side in (name, "both")}
+    if two_sides:
+        return paths
+    if "high" in paths:
+        raise WanmoeError(
+            f"adapter {paths['high']} is for a high-noise model, and there is only one model: give "
+            "dit_high_noise_path (--dit_high_noise) too"
+        )
+    for path in paths.values():
+        if read_adapter(path)[0].noise_expert == "high" and not any_base:
+            raise WanmoeError(
+                f"adapter {path} was trained on the high-noise expert, and there is only one model: give that "
+                "expert as dit_high_noise_path (--dit_high_noise), or load the adapter all the same with "
+                "any_base (--any_base)"
+            )
+    return paths
 
 
 def _load_side(

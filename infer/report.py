@@ -23,6 +23,7 @@ from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
 from ..moe_lora.errors import WanmoeError
+from ..moe_lora.files import write_atomic
 from ..moe_lora.video import read_video
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -194,14 +195,7 @@ def write_report(run: DemoResults, path: str | Path) -> None:
         generated=_film_rows(run.videos, path),
         real=_film_rows(run.real_videos, path),
     )
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise WanmoeError(f"report {path}: cannot be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomic(path, lambda partial: partial.write_text(page, encoding="utf-8"))
 
 
 def _check(run: DemoResults) -> None:

@@ -3,15 +3,22 @@ work."""
 
 from __future__ import annotations
 
+import difflib
 import json
+import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..moe_lora.errors import WanmoeError
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger(__name__)
 
 app = typer.Typer(
     add_completion=False,
@@ -26,6 +33,7 @@ Vae = Annotated[
 ]
 Text = Annotated[str, typer.Option(help="Text encoder (HF folder, .pth); `hash` is a stand-in.")]
 Tokenizer = Annotated[Path | None, typer.Option(help="Tokenizer folder, for a .pth text encoder.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")]
 
 
 @app.command()
@@ -78,6 +86,7 @@ def prepare(
         Path | None, typer.Option(help="Config whose adapter.experts name the labels.")
     ] = None,
     seed: int = 0,
+    device: Device = None,
 ) -> None:
     """Encode clips into latent shards: latent, text, ROI and labels, verified by checksums."""
     from ..moe_lora.wan.codec import load_vae
@@ -86,12 +95,13 @@ def prepare(
     from ..train.prepare import prepare as run
     from .config import load_experts
 
+    place = chosen_device(device)
     listed = clips_from_folder(clips) if clips.is_dir() else read_clip_list(clips)
     run(
         listed,
         out,
-        codec=load_vae(vae),
-        text_encoder=load_text_encoder(text, tokenizer_path=tokenizer),
+        codec=load_vae(vae, device=place),
+        text_encoder=load_text_encoder(text, tokenizer_path=tokenizer, device=place),
         experts=load_experts(experts),
         size=size,
         frames=frames,
@@ -144,12 +154,15 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """Held-out loss at fixed noise levels, per level and instrument, as JSON on standard output."""
+    from ..moe_lora.files import write_atomic
     from ..train.evaluate import evaluate_files
 
+    if out is not None and not out.absolute().parent.is_dir():
+        raise WanmoeError(f"--out {out}: the folder {out.parent} does not exist; make it first")
     figures = evaluate_files(dit, shards, adapter, wrong_expert)
     text = json.dumps(figures, indent=1, ensure_ascii=False)
     if out is not None:
-        out.write_text(text + "\n", encoding="utf-8")
+        write_atomic(out, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
     typer.echo(text)
 
 
@@ -179,18 +192,22 @@ def generate(
     alpha_base: Annotated[float, typer.Option(help="Strength of the base adapter.")] = 0.7,
     alpha_expert: Annotated[float, typer.Option(help="Strength of the experts.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Default: drawn, and printed.")] = None,
-    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
+    device: Device = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the DiT: fp32, bf16 or file (as stored). Default: bf16 on cuda, else file."),
+    ] = None,
     any_base: Annotated[bool, typer.Option(help="Take an adapter of another base or side.")] = False,
 ) -> None:
     """Generate a video from a prompt, with the experts of a hint, a mix, the learned router or the prompt."""
-    import logging
-
     from tqdm import tqdm
 
     from ..infer import LoRAMoEInference
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("wanmoe").setLevel(logging.INFO)
+    place = chosen_device(device)
+    weights = chosen_dtype(dtype, place)
     adapters: list[Path | None] = [*(lora_moe_weights or [None])]
     if len(adapters) > 2:
         raise WanmoeError(
@@ -205,7 +222,8 @@ def generate(
         dit_high_noise_path=dit_high_noise,
         alpha_base=alpha_base,
         alpha_expert=alpha_expert,
-        device=device,
+        device=place,
+        dtype=weights,
         tokenizer_path=tokenizer,
         any_base=any_base,
     )
@@ -264,6 +282,38 @@ def _dashed(word: str) -> str:
         return word
     name, equals, value = word.partition("=")
     return word if "." in name else name.replace("_", "-") + equals + value
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of --device, checked to be there; None is cuda where there is one."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if name is None:
+        return torch.device("cuda" if count else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise WanmoeError(f"--device {name!r} is no device; give cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise WanmoeError(f"--device {name!r} is not supported; give cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise WanmoeError(f"--device {name!r} is not there: torch finds {count} CUDA devices; give cpu")
+    return device
+
+
+def chosen_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
+    """The dtype of --dtype; None keeps the file's. The default, bf16 on cuda, is said once."""
+    import torch
+
+    if name is None and device.type == "cuda":
+        _log.info("the DiT runs in bf16, the default on cuda; --dtype file keeps the dtype of the file")
+        return torch.bfloat16
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "file": None}
+    if (name or "file") not in known:
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+        raise WanmoeError(f"--dtype {name!r} is unknown; nearest is {near!r}, known are: {', '.join(known)}")
+    return known[name or "file"]
 
 
 def parse_mix(words: list[str]) -> dict[str, float] | None:

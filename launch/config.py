@@ -93,7 +93,7 @@ def resolve_paths(tree: dict[str, Any], folder: Path) -> None:
         section, key = dotted.split(".")
         value = tree.get(section, {}).get(key) if isinstance(tree.get(section), dict) else None
         if isinstance(value, str):
-            tree[section][key] = str(folder / value)
+            tree[section][key] = str((folder / value).resolve())
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -116,6 +116,8 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
         *sections, leaf = key.split(".")
         for section in sections:
             place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise WanmoeError(f"--{key}: {section!r} is a value in the config file, not a section")
         place[leaf] = _toml_value(value)
 
 

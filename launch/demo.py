@@ -28,15 +28,17 @@ from ..moe_lora.video import read_video, to_frames, write_video
 from ..moe_lora.wan.codec import load_vae
 from ..moe_lora.wan.text import load_text_encoder
 from ..train import ShardDataset
+from ..train.batch import main_instrument
 from ..train.clips import Clip, clips_from_folder, instrument_names, read_clip_list
-from ..train.evaluate import evaluate_files, held_out_gates, main_instrument
+from ..train.evaluate import evaluate_files, held_out_gates
 from ..train.prepare import prepare
 from ..train.synth import synth_clips
 from ..train.tracking import read_metrics
 from .config import Config, parse_config
 from .launcher import launch
 
-MARKER = "demo.json"
+MARKER = ".wanmoe-demo"
+RESULTS = "demo.json"
 STAGES = ("pretrain", "a", "b", "c")
 STAND_INS = [
     "The base model is the `tiny` preset (2 million parameters), trained here on drawn scenes without "
@@ -84,7 +86,7 @@ def run_demo(out: Path, clips: Path | None, ranks: int, seed: int, recipe: Recip
         "seed": str(seed),
         "wall time": f"{(time.monotonic() - began) / 60:.1f} minutes on {platform.machine()}",
     }
-    (out / MARKER).write_text(results.to_json(), encoding="utf-8")
+    (out / RESULTS).write_text(results.to_json(), encoding="utf-8")
     report = out / "report.html"
     write_report(results, report)
     print_results(results, report)
@@ -97,7 +99,7 @@ def start_afresh(out: Path) -> None:
         raise WanmoeError(f"{out} is not empty and not a demo's folder; choose another with --out")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    (out / MARKER).write_text("{}\n")
+    (out / MARKER).write_text("made by `wanmoe demo`, which empties this folder when it runs again\n")
 
 
 def make_data(
@@ -139,7 +141,7 @@ def make_data(
 
 
 def experts_of(clips: list[Clip]) -> ExpertSet:
-    """The surgical families where they cover every label or the captions speak of them, else one per label."""
+    """The surgical families where they cover every label or the captions name them, else one per label."""
     names = instrument_names(clips)
     surgical = ExpertSet(SURGICAL)
     if not names and not any(surgical.find(clip.caption) for clip in clips):

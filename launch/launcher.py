@@ -50,7 +50,10 @@ def local_rank_processes(job: int) -> list[psutil.Process]:
     """The ranks that DeepSpeed's launcher has started under process `job` on this machine."""
     try:
         children = psutil.Process(job).children(recursive=True)
-        return [child for child in children if any("--local_rank=" in word for word in child.cmdline())]
+        found = [child for child in children if any("--local_rank=" in word for word in child.cmdline())]
+        # A rank's reader processes are forks of it, with its command line.
+        pids = {child.pid for child in found}
+        return [child for child in found if child.ppid() not in pids]
     except psutil.NoSuchProcess:
         return []
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from ..moe_lora import WanmoeError
 from ..moe_lora.adapter_file import read_adapter
 from ..train import ShardDataset
+from ..train.batch import LabelGates, check_labels
 from ..train.engine import check_versions
+from ..train.model import check_router
+from ..train.stages import STAGES, stage_name
 from .config import Config
 
 
@@ -26,9 +29,18 @@ def preflight(config: Config) -> None:
         raise WanmoeError(
             f"model.adapter is missing: stage {stage} starts from the adapter of stage {before}"
         )
-    if (stage == "c" or config.train.train_router) and config.router.mode != "learned":
-        raise WanmoeError("router.mode = 'rule' but a router is to be trained; set router.mode = 'learned'")
+    experts = config.adapter
     if model.adapter is not None:
-        read_adapter(model.adapter)
+        experts = read_adapter(model.adapter)[0].adapter
+    if stage != "pretrain":
+        check_router(config)
+    spec = STAGES[stage_name(config)]
     for split in ("train", "val"):
-        ShardDataset(config.data.shards, split)
+        dataset = ShardDataset(config.data.shards, split)
+        if spec.routing in ("labels", "router"):
+            check_labels(dataset, LabelGates(experts.expert_set, config.router, needed=True))
+        if "router" not in spec.trains and config.data.caption_dropout and dataset.null_context is None:
+            raise WanmoeError(
+                f"{config.data.shards}: prepared without the encoding of an empty caption; prepare the clips "
+                "again or set data.caption_dropout = 0"
+            )

@@ -6,7 +6,6 @@ Letters: B clips, G gate rows, E experts, r rank.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from ..kernels.lora_moe import lora_moe_linear
 from .errors import WanmoeError
 from .instruments import SURGICAL, Expert, ExpertSet
 from .routing import Gates, LearnedRouter, RouterConfig, band
+from .seeding import seeded_generator
 
 if TYPE_CHECKING:
     from .wan.dit import WanDiT
@@ -251,7 +251,7 @@ def attach(
         parent = dit.get_submodule(parent_name)
         linear = LoRAMoELinear(parent.get_submodule(child), rank, len(experts), config)  # type: ignore[arg-type]
         if not linear.base_down.is_meta:
-            linear.reset(_generator(seed, name))
+            linear.reset(seeded_generator(seed, name))
         setattr(parent, child, linear)
         modules[name] = linear
     dit.freeze_prefix(min(config.block_indices(len(dit.blocks))))
@@ -270,13 +270,9 @@ def _reset_router(router: LearnedRouter, seed: int) -> None:
         if parameter.is_meta:
             continue
         fan_in = parameter.shape[-1] if parameter.dim() > 1 else router.hidden.in_features
-        values = torch.empty(parameter.shape).uniform_(-1, 1, generator=_generator(seed, f"router.{name}"))
+        generator = seeded_generator(seed, f"router.{name}")
+        values = torch.empty(parameter.shape).uniform_(-1, 1, generator=generator)
         parameter.data.copy_(values / math.sqrt(fan_in))
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 def _numel(parameter: nn.Parameter) -> int:

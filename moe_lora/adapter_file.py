@@ -4,8 +4,6 @@ belongs to."""
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from .adapter import Adapter, AdapterConfig, attach
 from .errors import WanmoeError
+from .files import write_atomic
 from .routing import RouterConfig
 
 if TYPE_CHECKING:
@@ -80,20 +79,13 @@ def save_adapter(
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file under a temporary name, flushes it to disk, then renames it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    """Writes a safetensors file, whole or not at all, and the folders on the way to it."""
+
+    def write(temporary: Path) -> None:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata=metadata)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise WanmoeError(f"{path}: could not be written ({error}); nothing was replaced") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    write_atomic(path, write, (SafetensorError,))
 
 
 def read_adapter(path: str | Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
@@ -152,7 +144,9 @@ def load_adapter(
     if base_sha256 and info.base_sha256 and info.base_sha256 != base_sha256:
         problems.append(f"it was trained on base {info.base_sha256[:12]}, this base is {base_sha256[:12]}")
     if problems and not any_base:
-        raise WanmoeError(f"{path}: {'; '.join(problems)}; pass any_base (--any_base) to load it all the same")
+        raise WanmoeError(
+            f"{path}: {'; '.join(problems)}; pass any_base (--any_base) to load it all the same"
+        )
     changed = {} if router is None else {key: getattr(router, key) for key in router.model_fields_set}
     adapter = attach(dit, info.adapter, info.router.model_copy(update=changed))
     _fill(adapter, tensors, str(path))
@@ -167,7 +161,9 @@ def has_router(tensors: Mapping[str, Tensor]) -> bool:
 def _fill(adapter: Adapter, tensors: Mapping[str, Tensor], path: str) -> None:
     wanted = adapter.parameters()
     if has_router(tensors) and adapter.router is None:
-        raise WanmoeError(f"{path}: it holds a learned router, which router.mode = 'rule' would drop; leave the key out")
+        raise WanmoeError(
+            f"{path}: it holds a learned router, which router.mode = 'rule' would drop; leave the key out"
+        )
     given = wanted if has_router(tensors) else adapter.parameters(("base", "experts"))
     missing = [name for name in given if name not in tensors]
     extra = [name for name in tensors if name not in wanted]

@@ -22,7 +22,7 @@ class Expert(BaseModel):
     """Shown to users, written to files; matched without regard to case."""
     keywords: tuple[str, ...] = ()
     """Chinese words match anywhere, others as whole words with an optional plural s; a trailing * matches any
-    ending. Empty: the name itself."""
+    ending of ASCII letters and digits. Empty: the name itself."""
 
 
 # Keywords of the four surgical families in Chinese, plus the English words for the same tools. A bare 吸 is
@@ -145,5 +145,6 @@ def _pattern(keyword: str) -> re.Pattern[str]:
         raise WanmoeError(f"adapter.experts: empty keyword {keyword!r}")
     if not stem.isascii():
         return re.compile(re.escape(stem), re.IGNORECASE)
-    ending = r"\w*" if keyword.endswith("*") else r"s?"
-    return re.compile(rf"\b{re.escape(stem)}{ending}\b", re.IGNORECASE)
+    # Not \b and \w: they take Chinese characters for letters of the word, and want a letter at its edge.
+    ending = "[A-Za-z0-9]*" if keyword.endswith("*") else "s?"
+    return re.compile(rf"(?<![A-Za-z0-9]){re.escape(stem)}{ending}(?![A-Za-z0-9])", re.IGNORECASE)

@@ -6,7 +6,6 @@ is float32 `[3, F, H, W]` in [-1, 1], and only `to_model` and `to_frames` go bet
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import WanmoeError
+from .files import write_atomic
 
 Picture = NDArray[np.uint8]
 
@@ -189,14 +189,7 @@ def write_video(
         raise WanmoeError(f"{path}: fps {fps} is not a positive number")
     if not path.parent.is_dir():
         raise WanmoeError(f"{path}: the folder {path.parent} does not exist; make it first")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        _encode(partial, frames, fps, metadata, crf)
-        os.replace(partial, path)
-    except (OSError, av.FFmpegError) as error:
-        raise WanmoeError(f"{path}: the video could not be written: {_cause(error)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomic(path, lambda partial: _encode(partial, frames, fps, metadata, crf), (av.FFmpegError,))
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -38,19 +39,19 @@ class Batch(NamedTuple):
 
 
 class LabelGates:
-    """Gates [E] of a sample by its labels, or by the keywords of its caption where no label was given.
+    """Gates [E] of a sample by its labels, which `wanmoe prepare` took from the clip list or the caption.
 
     Args:
-        needed: whether a sample without any evidence is an error (stages that route by label).
+        needed: whether a sample without any label is an error (stages that route by label).
     """
 
     def __init__(self, experts: ExpertSet, router: RouterConfig, needed: bool) -> None:
         self.rule = RuleRouter(experts, router.top_k, router.temperature)
         self.needed = needed
 
-    def __call__(self, key: str, instruments: Sequence[tuple[str, float]], caption: str) -> Tensor:
+    def __call__(self, key: str, instruments: Sequence[tuple[str, float]]) -> Tensor:
         try:
-            gates = self.rule.route(labels=instruments, prompt=caption)
+            gates = self.rule.route(labels=instruments)
         except WanmoeError as error:
             if not self.needed:
                 return torch.zeros(len(self.rule.experts))
@@ -59,10 +60,18 @@ class LabelGates:
             ) from error
         if self.needed and not gates.sum() > 0:
             raise WanmoeError(
-                f"sample {key} has no instrument label and its caption no keyword, but this stage routes by "
-                "label; label the clip, add keywords under adapter.experts, or set adapter.fallback"
+                f"sample {key} has no instrument label, but this stage routes by label; label the clip (or "
+                "add keywords under adapter.experts) and prepare again, or set adapter.fallback"
             )
         return gates
+
+
+def check_labels(dataset: ShardDataset, gates: LabelGates) -> list[str]:
+    """Experts that no clip of a dataset shows; raises WanmoeError for the first clip that lacks its label."""
+    total = torch.zeros(len(gates.rule.experts))
+    for index, key in enumerate(dataset.keys):
+        total += gates(key, dataset.instruments(index))
+    return [name for name, weight in zip(gates.rule.experts.names, total, strict=True) if weight == 0]
 
 
 def collate(samples: Sequence[Sample], positions: Sequence[int], gates: LabelGates) -> Batch:
@@ -74,21 +83,21 @@ def collate(samples: Sequence[Sample], positions: Sequence[int], gates: LabelGat
         latent=torch.stack([sample.latent for sample in samples]),
         context=[sample.context for sample in samples],
         pooled=pool_text([sample.context for sample in samples]),
-        rule=torch.stack([gates(s.key, s.instruments, s.caption) for s in samples]),
+        rule=torch.stack([gates(s.key, s.instruments) for s in samples]),
         image_latent=None if images[0] is None else torch.stack([i for i in images if i is not None]),
     )
 
 
+def main_instrument(dataset: ShardDataset, index: int) -> str:
+    """Name of the instrument with the largest weight of a sample; "" without any."""
+    return max(dataset.instruments(index), key=lambda pair: pair[1], default=("", 0.0))[0]
+
+
 def instrument_weights(dataset: ShardDataset) -> list[float]:
-    """Sampling weights that draw every instrument equally often: 1 / clips of the sample's main
-    instrument."""
-    main = [_main(dataset.instruments(index)) for index in range(len(dataset))]
+    """Sampling weights that draw every instrument equally often: 1 / clips of its main instrument."""
+    main = [main_instrument(dataset, index) for index in range(len(dataset))]
     counts = Counter(main)
     return [1 / counts[name] for name in main]
-
-
-def _main(instruments: Sequence[tuple[str, float]]) -> str:
-    return max(instruments, key=lambda pair: pair[1])[0] if instruments else ""
 
 
 class TrainBatches:
@@ -146,10 +155,14 @@ class TrainBatches:
         loader = DataLoader(
             _Positions(self.dataset, self.seed, self.weights),
             batch_sampler=planned,
-            collate_fn=lambda pairs: collate([s for _, s in pairs], [p for p, _ in pairs], self.gates),
+            collate_fn=partial(_collate_positions, gates=self.gates),
             num_workers=self.workers,
         )
         return iter(loader)
+
+
+def _collate_positions(pairs: Sequence[tuple[int, Sample]], gates: LabelGates) -> Batch:
+    return collate([sample for _, sample in pairs], [position for position, _ in pairs], gates)
 
 
 class _Positions(torch.utils.data.Dataset[tuple[int, Sample]]):

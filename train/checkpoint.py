@@ -65,10 +65,16 @@ def restore_state(
 ) -> None:
     """Puts gathered masters and moments back into a fresh engine, at any world size."""
     allocate_moments(engine, step)
+    set_masters(trainable, {name: state[f"param/{name}"] for name in trainable})
     for name, parameter in trainable.items():
-        _set(parameter, state[f"param/{name}"], None)
         for key in MOMENTS:
             _set(parameter, state[f"{key}/{name}"], key)
+
+
+def set_masters(trainable: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Sets the fp32 masters: in bf16 the engine makes them of rounded parameters."""
+    for name, parameter in trainable.items():
+        _set(parameter, values[name], None)
 
 
 def _set(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
@@ -112,9 +118,23 @@ def commit(folder: Path, tensors: dict[str, Tensor], trainer: dict[str, Any], ke
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    for old in states(folder)[:-keep]:
+    before = [state for state in states(folder) if state < target]
+    # A later state belongs to an attempt that this one replaces.
+    stale = [state for state in states(folder) if state > target]
+    for old in (*before[: max(len(before) + 1 - keep, 0)], *stale):
         shutil.rmtree(old)
     return target
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Renames a folder of states that a fresh start must not resume from; returns where it went."""
+    if not states(folder):
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}-before-{number}")).exists():
+        number += 1
+    os.rename(folder, aside)
+    return aside
 
 
 def states(folder: Path) -> list[Path]:

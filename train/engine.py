@@ -65,7 +65,9 @@ class RoutedDiT(nn.Module):
         probs = self.expert_gates(pooled, rule)
         if self.adapter is None or self.spec.routing == "frozen":
             return self.dit(x, t, context, None, image_latent), probs
-        kept = top_k(probs, self.adapter.router_config.top_k)
+        # Labels and mixes are exact; only what a network says is cut to its strongest experts.
+        learned = self.spec.routing == "router"
+        kept = top_k(probs, self.adapter.router_config.top_k) if learned else probs
         return self.dit(
             x, t, context, self.adapter.gates(kept, t, tokens=self.tokens(x)), image_latent
         ), probs
@@ -155,6 +157,25 @@ def _merge(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def uses_bf16(config: TrainerConfig, device: torch.device) -> bool:
+    """Whether the model computes in bf16: as configured, else on accelerators."""
+    return config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
+
+
+def agree(what: Mapping[str, Any]) -> None:
+    """Raises on every rank, naming the values, unless all ranks hold the same `what`."""
+    everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, dict(what))
+    for key in what:
+        values = [rank.get(key) for rank in everyone]
+        if any(value != values[0] for value in values):
+            shown = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+            raise WanmoeError(
+                f"the ranks disagree on {key} ({shown}); nodes must share the run folder, the shards and "
+                "the weights"
+            )
+
+
 def make_engine(
     config: TrainerConfig,
     module: RoutedDiT,
@@ -169,7 +190,7 @@ def make_engine(
     from ..moe_lora.wan.block import WanBlock
 
     check_versions()
-    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
+    bf16 = uses_bf16(config, device)
     set_z3_leaf_modules(module, [WanBlock])
     router_lr = config.optimizer.router_lr or 1e-4
     lr = config.optimizer.lr or spec.lr
@@ -186,6 +207,7 @@ def make_engine(
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=deepspeed_config(config, module.dit, trainable, bf16)
     )
+    allocate_moments(engine, 0)
     return engine
 
 

@@ -5,6 +5,7 @@ Letters: E experts, N held-out clips, T noise levels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from ..moe_lora.adapter_file import read_adapter
 from ..moe_lora.routing import LearnedRouter, RuleRouter, pool_text, top_k
 from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weights import dit_hash, load_dit
-from .batch import Batch, LabelGates
+from .batch import Batch, LabelGates, main_instrument
 from .engine import RoutedDiT
+from .model import side_of
 from .shards import ShardDataset
 from .stages import STAGES, StageSpec
-from .validate import LEVELS, held_out_losses
+from .validate import LEVELS, held_out_losses, levels_within
 
 
 def evaluate_files(
@@ -31,13 +33,19 @@ def evaluate_files(
     dataset = ShardDataset(shards, "val")
     if adapter_path is None:
         return evaluate(dit, None, dataset, "pretrain")
-    stage = read_adapter(adapter_path)[0].stage
+    info, _ = read_adapter(adapter_path)
     adapter = load_adapter(adapter_path, dit, base_sha256=dit_hash(dit_path))
-    return evaluate(dit, adapter, dataset, stage, wrong_expert)
+    levels = levels_within(side_of(info.noise_expert, dit.config.boundary))
+    return evaluate(dit, adapter, dataset, info.stage, wrong_expert, levels)
 
 
 def evaluate(
-    dit: WanDiT, adapter: Adapter | None, dataset: ShardDataset, stage: str, wrong_expert: bool = False
+    dit: WanDiT,
+    adapter: Adapter | None,
+    dataset: ShardDataset,
+    stage: str,
+    wrong_expert: bool = False,
+    levels: Sequence[float] = LEVELS,
 ) -> dict[str, Any]:
     """Mean loss, loss per noise level and per instrument; with `wrong_expert` also a [label][expert] matrix.
 
@@ -48,17 +56,17 @@ def evaluate(
         expert.
     """
     labels = [main_instrument(dataset, index) for index in range(len(dataset))]
-    losses = _losses(dit, adapter, dataset, STAGES[stage])
+    losses = _losses(dit, adapter, dataset, STAGES[stage], levels)
     figures: dict[str, Any] = {
         "loss": float(losses.mean()),
         "clips": len(dataset),
-        "by_t": {str(t): float(x) for t, x in zip(LEVELS, losses.mean(0), strict=True)},
+        "by_t": {str(t): float(x) for t, x in zip(levels, losses.mean(0), strict=True)},
         "by_instrument": _by_label(losses, labels),
     }
     if adapter is not None and wrong_expert:
         names = adapter.experts.names
         columns = [
-            _by_label(_losses(dit, adapter, dataset, STAGES["b"], one_hot=index), labels)
+            _by_label(_losses(dit, adapter, dataset, STAGES["b"], levels, one_hot=index), labels)
             for index in range(len(names))
         ]
         figures["by_expert"] = {
@@ -66,11 +74,6 @@ def evaluate(
             for label in columns[0]
         }
     return figures
-
-
-def main_instrument(dataset: ShardDataset, index: int) -> str:
-    """Name of the instrument with the largest weight of a sample; "" without any."""
-    return max(dataset.instruments(index), key=lambda pair: pair[1], default=("", 0.0))[0]
 
 
 @torch.no_grad()
@@ -100,7 +103,12 @@ def held_out_gates(adapter_path: Path, dataset: ShardDataset) -> dict[str, dict[
 
 
 def _losses(
-    dit: WanDiT, adapter: Adapter | None, dataset: ShardDataset, spec: StageSpec, one_hot: int | None = None
+    dit: WanDiT,
+    adapter: Adapter | None,
+    dataset: ShardDataset,
+    spec: StageSpec,
+    levels: Sequence[float],
+    one_hot: int | None = None,
 ) -> Tensor:
     module = RoutedDiT(dit, adapter, spec).eval()
 
@@ -115,7 +123,7 @@ def _losses(
     experts = adapter.experts if adapter is not None else ExpertSet()
     router = adapter.router_config if adapter is not None else RouterConfig()
     needed = spec.routing == "labels" and one_hot is None
-    return held_out_losses(predict, dataset, LabelGates(experts, router, needed))
+    return held_out_losses(predict, dataset, LabelGates(experts, router, needed), levels=levels)
 
 
 def _by_label(losses: Tensor, labels: list[str]) -> dict[str, float]:

@@ -24,13 +24,13 @@ from ..moe_lora.routing import teacher_kl
 from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weights import save_dit
 from . import checkpoint
-from .batch import Batch, LabelGates, TrainBatches
+from .batch import Batch, LabelGates, TrainBatches, check_labels
 from .config import TrainerConfig
-from .engine import RoutedDiT, init_distributed, make_engine, set_lr
-from .model import check_text_width, load_model, side_of, side_range, unseen_experts
+from .engine import RoutedDiT, agree, init_distributed, make_engine, set_lr, uses_bf16
+from .model import check_text_width, file_hashes, load_model, side_of, side_range
 from .objective import draw_t, flow_matching_loss, noised, sample_generator
 from .shards import ShardDataset
-from .stages import StageSpec, select_trainable, stage_of
+from .stages import STAGES, StageSpec, select_trainable, stage_name
 from .tracking import Tracker
 from .validate import held_out_losses, levels_within
 
@@ -56,25 +56,35 @@ class Trainer:
 
     def __init__(self, config: TrainerConfig, rank: int, world: int, device: torch.device) -> None:
         self.config, self.rank, self.world, self.device = config, rank, world, device
-        self.spec = stage_of(config)
+        self.spec = STAGES[stage_name(config)]
         self.run = config.train.run
-        self.dit, self.adapter, self.base_sha256 = load_model(config)
+        # Hashing 28 GB takes a while: once, not once per rank.
+        hashes: list[dict[str, str]] = [file_hashes(config) if rank == 0 else {}]
+        dist.broadcast_object_list(hashes)
+        self.hashes = hashes[0]
+        self.dit, self.adapter = load_model(config, torch.bfloat16 if uses_bf16(config, device) else None)
         self.dit.checkpointing = config.train.checkpointing
         self.t_range = side_range(config, self.spec, self.dit.config.boundary)
         self._load_data()
-        state, trainer = self._find_resume()
+        path, state, trainer = self._find_resume()
+        self.step = int(trainer.get("step", 0))
+        # Paths may differ between nodes; what lies there may not.
+        paths = {"model": {"dit", "adapter"}, "data": {"shards"}, "train": {"run"}, "launch": True}
+        settings = {"the config": config.model_dump_json(exclude=paths)}
+        agree({"the resume state": path and path.name} | settings | self._identity())
         self.trainable = select_trainable(self.spec, self.dit, self.adapter)
         self.frozen = self._frozen_adapter_parts()
         if state is not None:
             self._check_resume(state, trainer)
             for name, parameter in self.trainable.items():
                 parameter.data.copy_(state[f"param/{name}"])
+        masters = {name: p.detach().float().clone() for name, p in self.trainable.items()}
         module = RoutedDiT(self.dit, self.adapter, self.spec)
         self._say(self._start_line())
         self.engine = make_engine(config, module, self.trainable, self.spec, device)
-        self.step = 0
-        if state is not None:
-            self.step = int(trainer["step"])
+        if state is None:
+            checkpoint.set_masters(self.trainable, masters)
+        else:
             checkpoint.restore_state(self.engine, self.trainable, state, self.step)
             self._say(f"resuming {self.run} at step {self.step}")
         self.unseen_gradients = set() if state is not None else set(self.trainable)
@@ -109,17 +119,21 @@ class Trainer:
         )
         check_text_width(self.dit, dataset)
         if by_label:
-            unseen = unseen_experts(dataset, self.gates)
+            unseen = check_labels(dataset, self.gates)
             if unseen:
                 self._say(f"no training clip shows {', '.join(unseen)}: these experts stay as they are")
 
-    def _find_resume(self) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+    def _find_resume(self) -> tuple[Path | None, dict[str, Tensor] | None, dict[str, Any]]:
+        """(folder, tensors, trainer.json) of the newest state that verifies, or nothing for a fresh start."""
+        folder = self.run / "resume"
         if not self.config.train.resume:
-            return None, {}
-        path, complaints = checkpoint.latest(self.run / "resume")
+            if self.rank == 0 and (aside := checkpoint.set_aside(folder)):
+                self._say(f"starting afresh; the states of the earlier run are in {aside}")
+            return None, None, {}
+        path, complaints = checkpoint.latest(folder)
         for complaint in complaints:
             self._say(complaint)
-        return (None, {}) if path is None else checkpoint.read(path)
+        return (None, None, {}) if path is None else (path, *checkpoint.read(path))
 
     def _check_resume(self, state: dict[str, Tensor], trainer: dict[str, Any]) -> None:
         for key, value in self._identity().items():
@@ -136,15 +150,14 @@ class Trainer:
             )
 
     def _identity(self) -> dict[str, Any]:
-        """What must not change between a run and its resume; the world size may, if the global batch
-        stays."""
+        """What must not change between a run and its resume; the world size may, at the same global batch."""
         return {
-            "stage": self.config.train.stage,
+            "stage": stage_name(self.config),
             "seed": self.config.train.seed,
             "steps": self.config.train.steps,
             "data": self.batches.dataset.fingerprint,
             "global_batch": self.batches.global_batch,
-            "base_sha256": self.base_sha256,
+            **self.hashes,
         }
 
     def _frozen_adapter_parts(self) -> dict[str, Tensor]:
@@ -191,6 +204,9 @@ class Trainer:
             signal.signal(number, self._on_signal)
         if self.step == 0:
             self._validate()
+        if self.step == config.steps:
+            # Nothing is left to train, but a run that was killed between its last two writes lacks a file.
+            self._save()
         batches = self.batches(self.step, config.steps)
         bar = tqdm(
             total=config.steps,
@@ -229,8 +245,10 @@ class Trainer:
         lr = set_lr(self.engine, lr_factor(self.step, config, self.spec))
         totals: dict[str, float] = {}
         stop = skipped = False
+        seen: list[str] = []
         for micro in range(config.train.accumulation):
             batch: Batch = next(batches)
+            seen += batch.keys
             # Dropout, too, is a function of the position in the sample order.
             torch.manual_seed(
                 sample_generator(config.train.seed, batch.positions[0], "dropout").initial_seed()
@@ -240,7 +258,7 @@ class Trainer:
             losses = self.losses(batch)
             figures, finite, stop = self._agree(losses)
             if not finite:
-                self._report_bad(batch)
+                self._report_bad(batch.keys, "the loss is not finite")
                 # What earlier forwards of this step have accumulated goes too, and the batches of the later
                 # ones are read all the same: every rank stays on the same samples.
                 self.engine.optimizer.zero_grad()
@@ -253,12 +271,15 @@ class Trainer:
             self._check_gradients(last)
             self.engine.step()
         self.step += 1
+        if not skipped and not self.engine.was_step_applied():
+            self._report_bad(seen, "the gradient is not finite")
+            skipped = True
         values = {f"train/{name}": value for name, value in totals.items()} | {"train/lr": lr}
         values["train/skipped_step"] = float(skipped)
         values.setdefault("train/loss", math.nan)
         if not skipped:
             self.bad_steps = 0
-            values["train/grad_norm"] = float(self.engine.get_global_grad_norm() or 0.0)
+            values["train/grad_norm"] = float(self.engine.get_global_grad_norm())
         return values, stop
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -308,15 +329,15 @@ class Trainer:
         means = (packed / self.world).tolist()
         return dict(zip(losses, means, strict=False)), means[-2] == 0, means[-1] > 0
 
-    def _report_bad(self, batch: Batch) -> None:
+    def _report_bad(self, own_keys: list[str], cause: str) -> None:
         self.bad_steps += 1
-        keys: list[list[str] | None] = [None] * self.world
-        dist.all_gather_object(keys, batch.keys)
-        named = ", ".join(key for part in keys for key in part or [])
-        self._say(f"step {self.step}: loss is not finite; skipped on all ranks; samples: {named}")
+        keys: list[list[str]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(keys, own_keys)
+        named = ", ".join(key for part in keys for key in part)
+        self._say(f"step {self.step}: {cause}; skipped on all ranks; samples: {named}")
         if self.bad_steps >= self.config.train.max_bad_steps:
             raise WanmoeError(
-                f"loss was not finite in {self.bad_steps} steps in a row (last samples: {named}); "
+                f"{self.bad_steps} steps in a row were skipped, at last because {cause} (samples: {named}); "
                 "lower optimizer.lr or check the shards with `wanmoe verify`"
             )
 
@@ -357,7 +378,7 @@ class Trainer:
             v: Tensor = self.engine(x_t, t, context, batch.pooled.to(self.device), rule, image)[0]
             return v
 
-        levels = levels_within(side_of(self.config, self.dit.config.boundary))
+        levels = levels_within(side_of(self.config.model.noise_expert, self.dit.config.boundary))
         losses = held_out_losses(
             predict,
             self.held_out,
@@ -378,27 +399,30 @@ class Trainer:
         dist.barrier()
 
     def _write(self, state: dict[str, Tensor]) -> None:
+        # The result first: a run whose state says that it is finished has its file.
+        self._write_output({name: state[f"param/{name}"] for name in self.trainable})
         trainer = self._identity() | {"step": self.step, "world_size": self.world}
         trainer["mlflow_run"] = self.tracker.run_id if self.tracker else None
         checkpoint.commit(self.run / "resume", state, trainer, self.config.train.keep)
-        trained = {name: state[f"param/{name}"] for name in self.trainable}
+        if self.tracker is not None and self.step == self.config.train.steps:
+            self.tracker.artifact(self.run / "config.toml")
+            self.tracker.artifact(self.output)
+
+    def _write_output(self, trained: dict[str, Tensor]) -> None:
         if self.adapter is None:
             whole = WanDiT(self.dit.config)
             whole.load_state_dict(trained, assign=True)
             save_dit(whole, self.output)
-        else:
-            save_adapter(
-                self.adapter,
-                self.output,
-                stage=self.config.train.stage,
-                step=self.step,
-                noise_expert=self.config.model.noise_expert,
-                base_sha256=self.base_sha256,
-                tensors={**self.frozen, **trained},
-            )
-        if self.tracker is not None and self.step == self.config.train.steps:
-            self.tracker.artifact(self.run / "config.toml")
-            self.tracker.artifact(self.output)
+            return
+        save_adapter(
+            self.adapter,
+            self.output,
+            stage=stage_name(self.config),
+            step=self.step,
+            noise_expert=self.config.model.noise_expert,
+            base_sha256=self.hashes["base_sha256"],
+            tensors={**self.frozen, **trained},
+        )
 
     @property
     def output(self) -> Path:

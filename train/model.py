@@ -7,38 +7,70 @@ from pathlib import Path
 import torch
 
 from ..moe_lora import Adapter, WanmoeError, attach, load_adapter
+from ..moe_lora.adapter_file import has_router, read_adapter
 from ..moe_lora.wan.config import WanConfig
 from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weights import dit_hash, load_dit
-from .batch import LabelGates
 from .config import TrainerConfig
+from .shard_check import file_sha256
 from .shards import ShardDataset
-from .stages import StageSpec
+from .stages import STAGES, StageSpec, stage_name
 
 
-def load_model(config: TrainerConfig) -> tuple[WanDiT, Adapter | None, str]:
-    """(frozen DiT with its adapter attached, the adapter, hash of the base) as a config asks for."""
+def load_model(config: TrainerConfig, dtype: torch.dtype | None = None) -> tuple[WanDiT, Adapter | None]:
+    """(frozen DiT with its adapter attached, the adapter) as a config asks for.
+
+    Args:
+        dtype: of the base weights; None keeps that of the file. Adapters are fp32 all the same.
+    """
     model = config.model
     if model.dit is None:
         torch.manual_seed(config.train.seed)
-        dit, base = WanDiT(WanConfig.preset(str(model.preset))), ""
+        dit = WanDiT(WanConfig.preset(str(model.preset)))
     else:
-        dit, base = load_dit(model.dit), dit_hash(model.dit)
+        dit = load_dit(model.dit, dtype=dtype)
     if config.train.stage == "pretrain":
-        return dit, None, base
+        return dit, None
+    check_router(config)
     if model.adapter is None:
-        adapter = attach(dit, config.adapter, config.router, seed=config.train.seed)
-    else:
-        adapter = load_adapter(
-            model.adapter,
-            dit,
-            noise_expert=model.noise_expert,
-            base_sha256=base,
-            router=config.router,
-            any_base=model.any_base,
+        return dit, attach(dit, config.adapter, config.router, seed=config.train.seed)
+    adapter = load_adapter(
+        model.adapter, dit, noise_expert=model.noise_expert, router=config.router, any_base=model.any_base
+    )
+    check_same_adapter(config, adapter, model.adapter)
+    return dit, adapter
+
+
+def file_hashes(config: TrainerConfig) -> dict[str, str]:
+    """sha256 of the base and of the adapter that a run starts from; "" for what it does not start from.
+
+    Raises:
+        WanmoeError: the adapter was trained on another base, unless any_base is set.
+    """
+    model = config.model
+    base = "" if model.dit is None else dit_hash(model.dit)
+    adapter = "" if model.adapter is None else file_sha256(model.adapter)
+    if model.adapter is not None and not model.any_base:
+        trained_on = read_adapter(model.adapter)[0].base_sha256
+        if trained_on and trained_on != base:
+            raise WanmoeError(
+                f"{model.adapter}: it was trained on base {trained_on[:12]}, {model.dit} is {base[:12]}; "
+                "set model.any_base = true to go on all the same"
+            )
+    return {"base_sha256": base, "adapter_sha256": adapter}
+
+
+def check_router(config: TrainerConfig) -> None:
+    """A learned router must come from the file or be trained by this stage: a random one must never route."""
+    trains = "router" in STAGES[stage_name(config)].trains
+    in_file = config.model.adapter is not None and has_router(read_adapter(config.model.adapter)[1])
+    if trains and config.router.mode != "learned" and not in_file:
+        raise WanmoeError("router.mode = 'rule' but a router is to be trained; set router.mode = 'learned'")
+    if config.router.mode == "learned" and not trains and not in_file:
+        raise WanmoeError(
+            f"router.mode = 'learned' but stage {config.train.stage} trains no router and its adapter has "
+            "none; leave the key out, or set train.train_router = true in stage b"
         )
-        check_same_adapter(config, adapter, model.adapter)
-    return dit, adapter, base
 
 
 def check_same_adapter(config: TrainerConfig, adapter: Adapter, path: Path) -> None:
@@ -61,24 +93,14 @@ def check_text_width(dit: WanDiT, dataset: ShardDataset) -> None:
         raise WanmoeError(f"{dataset.root}: prepared for another task than {dit.config.task}; prepare again")
 
 
-def unseen_experts(dataset: ShardDataset, gates: LabelGates) -> list[str]:
-    """Experts that no labelled clip of a dataset gives any weight."""
-    total = torch.zeros(len(gates.rule.experts))
-    for index, key in enumerate(dataset.keys):
-        if not dataset.instruments(index):
-            return []  # routed by caption, which the index does not hold
-        total += gates(key, dataset.instruments(index), "")
-    return [name for name, weight in zip(gates.rule.experts.names, total, strict=True) if weight == 0]
-
-
-def side_of(config: TrainerConfig, boundary: float) -> tuple[float, float]:
-    """Noise levels that the model serves."""
-    return {"high": (boundary, 1.0), "low": (0.0, boundary), "both": (0.0, 1.0)}[config.model.noise_expert]
+def side_of(noise_expert: str, boundary: float) -> tuple[float, float]:
+    """Noise levels that a model serves: "high", "low" or "both" sides of the boundary."""
+    return {"high": (boundary, 1.0), "low": (0.0, boundary), "both": (0.0, 1.0)}[noise_expert]
 
 
 def side_range(config: TrainerConfig, spec: StageSpec, boundary: float) -> tuple[float, float]:
     """Noise levels that are trained: the configured (or the stage's) range within the model's side."""
-    side, asked = side_of(config, boundary), config.objective.t_range or spec.t_range
+    side, asked = side_of(config.model.noise_expert, boundary), config.objective.t_range or spec.t_range
     low, high = max(side[0], asked[0]), min(side[1], asked[1])
     if not low < high:
         raise WanmoeError(

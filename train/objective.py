@@ -6,12 +6,12 @@ noise.
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
 from torch import Tensor
 
+from ..moe_lora.seeding import seeded_generator
 from .config import ObjectiveConfig
 
 
@@ -46,8 +46,7 @@ def sample_generator(seed: int, position: int, purpose: str) -> torch.Generator:
 
     So noise and t do not depend on rank, world size or what came before, and there is no stream to restore.
     """
-    digest = hashlib.blake2b(f"{seed}/{position}/{purpose}".encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return seeded_generator(seed, position, purpose)
 
 
 def noised(latent: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,13 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..moe_lora.errors import WanmoeError
+from ..moe_lora.files import file_sha256
 from ..moe_lora.instruments import ExpertSet
 from ..moe_lora.video import Fit, VideoEndError, VideoInfo, iter_windows, to_model, video_info
 from ..moe_lora.wan.codec import Codec, image_condition
 from ..moe_lora.wan.text import TextEncoder, encode_prompts
 from .clips import Clip, Window, windows
 from .region import latent_region, read_masks, window_tips
-from .shard_check import file_sha256
 from .shard_writer import ShardWriter
 from .shards import histogram_lines
 from .splits import assign_splits
@@ -236,7 +236,7 @@ class _Encoder:
     @torch.no_grad()
     def __call__(self, batch: Sequence[tuple[Piece, Tensor]]) -> None:
         videos = torch.stack([to_model(pictures) for _, pictures in batch])
-        latents = self.codec.encode(videos)
+        latents = self.codec.encode(videos).cpu()
         self._embed([piece.clip.caption for piece, _ in batch])
         for (piece, _), video, latent in zip(batch, videos, latents, strict=True):
             image = image_condition(self.codec, video[:, 0], self.frames)[0] if self.task == "i2v" else None
@@ -247,7 +247,9 @@ class _Encoder:
         if len(self._contexts) > 1000:  # a real embedding has megabytes: keep what this batch needs
             self._contexts = {caption: self._contexts[caption] for caption in captions if caption not in new}
         if new:
-            self._contexts.update(zip(new, encode_prompts(self.text_encoder, new), strict=True))
+            # Off the encoder's device at once: what is kept here would fill its memory.
+            contexts = (context.cpu() for context in encode_prompts(self.text_encoder, new))
+            self._contexts.update(zip(new, contexts, strict=True))
 
     def _write(self, piece: Piece, latent: Tensor, image: Tensor | None) -> None:
         clip, instruments, window = piece

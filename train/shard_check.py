@@ -1,6 +1,5 @@
 """A full pass over a folder of shards: every byte hashed, every sample read, every fault named."""
 
-import hashlib
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..moe_lora.files import file_sha256
 from .shards import (
     Sample,
     ShardDataset,
@@ -82,15 +82,6 @@ def verify_shards(root: str | Path) -> ShardReport:
             sources.setdefault(str(sample.meta.get("source")), set()).add(split)
     report.shared_sources = sorted(source for source, splits in sources.items() if len(splits) > 1)
     return report
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _check_shards(report: ShardReport, shards: list[dict[str, Any]], counts: Counter[str]) -> set[str]:

@@ -39,10 +39,10 @@ STAGES: dict[str, StageSpec] = {
 }
 
 
-def stage_of(config: TrainerConfig) -> StageSpec:
+def stage_name(config: TrainerConfig) -> str:
     """The row of the table that a config asks for."""
     joint = config.train.stage == "b" and config.train.train_router
-    return STAGES["b+router" if joint else config.train.stage]
+    return "b+router" if joint else config.train.stage
 
 
 def select_trainable(spec: StageSpec, dit: WanDiT, adapter: Adapter | None) -> dict[str, nn.Parameter]:

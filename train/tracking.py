@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..moe_lora import WanmoeError
+from ..moe_lora.files import write_atomic
 from .config import TrackingConfig
 
 
@@ -32,7 +34,7 @@ class Tracker:
     ) -> None:
         self.path = run / "metrics.jsonl"
         kept = [line for line in _lines(self.path) if line["step"] <= start_step] if start_step else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_atomic(self.path, lambda path: _write_lines(path, kept))
         self._client: Any = None
         self.run_id = run_id
         if config.enabled:
@@ -40,6 +42,7 @@ class Tracker:
 
     def _start(self, config: TrackingConfig, run: Path, params: Mapping[str, Any]) -> None:
         from mlflow import MlflowClient
+        from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
 
         uri = config.uri or f"sqlite:///{(run.parent / 'mlflow.db').resolve()}"
@@ -56,8 +59,8 @@ class Tracker:
             if self.run_id is None:
                 created = client.create_run(experiment_id, run_name=config.name or run.name)
                 self.run_id = created.info.run_id
-                for key, value in params.items():
-                    client.log_param(self.run_id, key, str(value)[:6000])
+                logged = [Param(key, str(value)[:6000]) for key, value in params.items()]
+                client.log_batch(self.run_id, params=logged)
             else:
                 client.update_run(self.run_id, status="RUNNING")
         except MlflowException as error:
@@ -69,23 +72,37 @@ class Tracker:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics for one step."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise WanmoeError(f"{self.path}: could not be written ({error.strerror})") from error
         if self._client is not None:
             from mlflow.entities import Metric
 
             now = int(time.time() * 1000)
             metrics = [Metric(key, float(value), now, step) for key, value in values.items()]
-            self._client.log_batch(self.run_id, metrics=metrics)
+            self._try(lambda client: client.log_batch(self.run_id, metrics=metrics))
 
     def artifact(self, path: Path) -> None:
         """Copies a file to the MLflow run."""
-        if self._client is not None:
-            self._client.log_artifact(self.run_id, str(path))
+        self._try(lambda client: client.log_artifact(self.run_id, str(path)))
 
     def close(self, status: str = "FINISHED") -> None:
-        if self._client is not None:
-            self._client.set_terminated(self.run_id, status=status)
+        self._try(lambda client: client.set_terminated(self.run_id, status=status))
+
+    def _try(self, action: Callable[[Any], Any]) -> None:
+        """A tracker that fails on the way must not end the run: said once, then the file alone goes on."""
+        if self._client is None:
+            return
+        from mlflow.exceptions import MlflowException
+
+        try:
+            action(self._client)
+        except (MlflowException, OSError) as error:
+            self._client = None
+            first = str(error).splitlines()[0]
+            sys.stderr.write(f"MLflow failed ({first}); metrics go on in {self.path} alone\n")
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -94,6 +111,19 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def _lines(path: Path) -> list[dict[str, float]]:
+    """The whole lines of a metrics file; a last one that a crash cut short is left out."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    lines: list[dict[str, float]] = []
+    texts = path.read_text().splitlines()
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            if number < len(texts):
+                raise WanmoeError(f"{path}:{number}: damaged ({error}); move the file away") from error
+    return lines
+
+
+def _write_lines(path: Path, lines: list[dict[str, float]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -58,7 +58,7 @@ def held_out_losses(
         latent = clips.latent.to(device)
         for column, level in enumerate(levels):
             t = torch.full((len(indices),), level, device=device)
-            x_t, target = noised(latent, _noise(clips, column).to(device), t)
+            x_t, target = noised(latent, _noise(clips, level).to(device), t)
             loss = flow_matching_loss(predict(x_t, t, clips), target)
             if own:
                 losses[own, column] = loss
@@ -67,10 +67,10 @@ def held_out_losses(
     return losses.cpu()
 
 
-def _noise(clips: Batch, column: int) -> Tensor:
+def _noise(clips: Batch, level: float) -> Tensor:
     return torch.stack(
         [
-            torch.randn(latent.shape, generator=sample_generator(NOISE_SEED, index, f"held-out/{column}"))
+            torch.randn(latent.shape, generator=sample_generator(NOISE_SEED, index, f"held-out/{level}"))
             for index, latent in zip(clips.positions, clips.latent, strict=True)
         ]
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from .packed import lora_moe_linear_packed
@@ -29,9 +31,10 @@ def lora_moe_linear(
     """A frozen linear, a base LoRA and E expert LoRAs, the experts mixed by a gate row per group of tokens.
 
     Args:
-        x: [..., d_in]; its N tokens in order are split into G equal groups of tokens_per_row, one gate row
-        each. weight, bias: [d_out, d_in], [d_out] or None; frozen or not.
-        base_down, base_up: [r_b, d_in], [d_out, r_b].
+        x: [..., d_in], floating; its N tokens in order are split into G equal groups of tokens_per_row, one
+            gate row each.
+        weight, bias: [d_out, d_in], [d_out] or None, in the dtype of x; frozen or not.
+        base_down, base_up: [r_b, d_in], [d_out, r_b], floating like the experts and the gates.
         expert_down, expert_up: [E, r, d_in], [E, d_out, r].
         base_gates, expert_gates: [G], [G, E]; differentiable.
         scale_base, scale_expert: alpha / rank of each part.
@@ -39,7 +42,7 @@ def lora_moe_linear(
 
     Returns: [..., d_out] in the dtype of x.
 
-    Raises: ValueError with the offending shape, device or backend.
+    Raises: ValueError with the offending shape, dtype, device or backend.
     """
     _check(
         x, weight, bias, base_down, base_up, expert_down, expert_up, base_gates, expert_gates, tokens_per_row
@@ -86,6 +89,7 @@ def _check(
     rows = expert_gates.shape[0]
     expected = {
         "x": (x, (*x.shape[:-1], d_in)),
+        "weight": (weight, (d_out, d_in)),
         "base_down": (base_down, (base_down.shape[0], d_in)),
         "base_up": (base_up, (d_out, base_down.shape[0])),
         "expert_down": (expert_down, (experts, rank, d_in)),
@@ -100,6 +104,14 @@ def _check(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x is on {x.device}")
-    tokens = x.numel() // d_in
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, expected a floating dtype")
+        if name in ("weight", "bias") and tensor.dtype != x.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, x is {x.dtype}; convert one to the other")
+    tokens = math.prod(x.shape[:-1])
+    if not tokens or tokens_per_row < 1:
+        raise ValueError(
+            f"x {tuple(x.shape)} has {tokens} tokens, {tokens_per_row} per gate row; both must be 1 or more"
+        )
     if rows * tokens_per_row != tokens:
         raise ValueError(f"{rows} gate rows x {tokens_per_row} tokens per row do not make {tokens} tokens")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WanmoeError
+from ..files import feed
 
 CHANNELS = 16
 TIME_STRIDE = 4
@@ -58,7 +59,7 @@ HAAR_STD += (0.9962, 1.1806, 1.0032, 1.0374, 0.7439, 0.5843, 0.7449, 0.5964)
 
 
 class Codec(Protocol):
-    """What the rest of the program knows of a codec."""
+    """What the rest of the program knows of a codec; tensors may come from any device."""
 
     name: str
     stand_in: bool
@@ -318,9 +319,7 @@ def file_digest(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}\0".encode() if len(files) > 1 else b"")
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
+        feed(digest, file)
     return digest.hexdigest()
 
 

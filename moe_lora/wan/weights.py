@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import file_sha256, write_atomic
 from .config import WanConfig
 from .dit import WanDiT
 from .weight_files import StoredTensor, Weights, WeightsError, open_weights, weight_files
@@ -73,8 +74,6 @@ _CLIP_MARKS = (
 )
 _IMAGE_CHANNELS = 20
 _HEAD_DIM = 128
-_CHUNK = 1 << 24
-"""Bytes hashed at a time."""
 _NAME = re.compile(r"^(?P<block>blocks\.\d+\.)?(?P<stem>.+?)(?P<leaf>\.weight|\.bias)?$")
 
 
@@ -133,25 +132,17 @@ def load_dit(
     return dit.eval()
 
 
-def save_dit(dit: WanDiT, path: str | os.PathLike[str]) -> None:
+def save_dit(dit: WanDiT, path: str | Path) -> None:
     """Writes the model's own weights, original names, as one safetensors file with its WanConfig as metadata.
 
-    An attached adapter is left out. The file appears whole or not at all; raises WeightsError if it cannot.
+    An attached adapter is left out. The file appears whole or not at all; raises WanmoeError if it cannot.
     """
-    path = Path(path)
     with torch.device("meta"):
         names = WanDiT(dit.config).state_dict().keys()
     state = dit.state_dict()
     tensors = {name: state[name].detach().to("cpu").contiguous() for name in names}
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(asdict(dit.config))}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path}: cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata), (SafetensorError,))
 
 
 def dit_hash(dit_path: str | os.PathLike[str]) -> str:
@@ -159,13 +150,7 @@ def dit_hash(dit_path: str | os.PathLike[str]) -> str:
 
     One file gives what `sha256sum file` prints. Raises WeightsError when there is nothing to read.
     """
-    digests = []
-    for file in sorted(weight_files(dit_path)):
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
-        digests.append(digest.hexdigest())
+    digests = [file_sha256(file) for file in sorted(weight_files(dit_path))]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 

@@ -20,13 +20,13 @@ from wanmoe.train.synth import synth_clips
 # Names that users and scripts rely on; a new option is added here, one that goes is a break.
 OPTIONS = {
     "synth": "out clips val size frames seed instruments background",
-    "prepare": "clips out vae text tokenizer size frames fps stride val-fraction task experts seed",
+    "prepare": "clips out vae text tokenizer size frames fps stride val-fraction task experts seed device",
     "verify": "",
     "train": "config",
     "evaluate": "dit shards adapter wrong-expert out",
     "generate": "prompt dit vae text output-path task dit-high-noise tokenizer lora-moe-weights "
     "instrument-hint mix image-path num-frames video-size num-steps guidance-scale flow-shift solver "
-    "negative-prompt alpha-base alpha-expert seed device any-base",
+    "negative-prompt alpha-base alpha-expert seed device dtype any-base",
     "demo": "out clips ranks seed",
 }
 

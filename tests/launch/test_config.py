@@ -97,6 +97,7 @@ def test_missing_sections_and_broken_toml(tmp_path):
         (["--train.step", "3"], "unknown config key 'train.step'; nearest is 'train.steps'"),
         (["--train.steps"], "--train.steps needs a value"),
         (["steps", "3"], "unexpected argument 'steps'"),
+        (["--deepspeed.config.bf16.enabled", "1", "--deepspeed.config.bf16.enabled.x", "1"], "is a value"),
     ],
 )
 def test_wrong_overrides(path, words, message):

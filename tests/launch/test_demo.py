@@ -37,6 +37,7 @@ def test_drawn_clips_to_report(tmp_path):
     # A second run in the same folder starts afresh; one in a folder of something else is refused.
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("x")
+    (tmp_path / "other" / "demo.json").write_text("{}")
     with pytest.raises(WanmoeError, match="not empty and not a demo's folder"):
         demo.start_afresh(tmp_path / "other")
     assert (tmp_path / "other" / "thesis.txt").exists()

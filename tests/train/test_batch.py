@@ -5,7 +5,7 @@ import torch
 
 from wanmoe.moe_lora import Expert, ExpertSet, RouterConfig, WanmoeError
 from wanmoe.train import ShardDataset
-from wanmoe.train.batch import LabelGates, TrainBatches, instrument_weights
+from wanmoe.train.batch import LabelGates, TrainBatches, check_labels, instrument_weights
 
 EXPERTS = ExpertSet()
 
@@ -64,14 +64,26 @@ def test_a_clip_without_evidence_stops_a_stage_that_routes_by_label(make_shards,
 def test_a_label_that_no_expert_has_names_sample_and_nearest():
     gates = LabelGates(ExpertSet([Expert(name="milk")]), RouterConfig(), needed=True)
     with pytest.raises(WanmoeError, match=r"sample k: unknown expert 'silk'; nearest is 'milk'"):
-        gates("k", [("silk", 1.0)], "")
+        gates("k", [("silk", 1.0)])
     free = LabelGates(ExpertSet([Expert(name="milk")]), RouterConfig(), needed=False)
-    assert torch.equal(free("k", [("silk", 1.0)], ""), torch.zeros(1))
+    assert torch.equal(free("k", [("silk", 1.0)]), torch.zeros(1))
 
 
-def test_captions_speak_where_labels_are_silent():
-    gates = LabelGates(EXPERTS, RouterConfig(), needed=True)
-    assert gates("k", [], "吸引清理").tolist() == [0, 0, 1, 0]
+def test_several_labels_keep_their_weights():
+    gates = LabelGates(EXPERTS, RouterConfig(top_k=2), needed=True)
+    labels = [("Scissors", 0.5), ("Suction", 0.3), ("Other", 0.2)]
+    assert gates("k", labels).tolist() == pytest.approx([0.5, 0, 0.3, 0.2])
+
+
+def test_all_labels_are_checked_before_the_first_step(shards, make_shards, tmp_path):
+    experts = ExpertSet([*EXPERTS.experts, Expert(name="Stapler")])
+    gates = LabelGates(experts, RouterConfig(), needed=True)
+    assert check_labels(ShardDataset(shards), gates) == ["Stapler"]
+    unlabelled = make_shards(tmp_path / "clips", labelled=False, count=4)
+    with pytest.raises(WanmoeError, match=r"sample train_000_abcdef01 has no instrument label"):
+        check_labels(ShardDataset(unlabelled), gates)
+    fallback = LabelGates(ExpertSet(fallback="Other"), RouterConfig(), needed=True)
+    assert check_labels(ShardDataset(unlabelled), fallback) == ["Scissors", "Hook/Electrocautery", "Suction"]
 
 
 def test_balanced_sampling_draws_rare_instruments_as_often(make_shards, tmp_path):

@@ -23,6 +23,23 @@ def test_the_newest_state_is_read_back_and_old_ones_are_pruned(tmp_path):
     assert tensors["param/x"].tolist() == [15, 15, 15] and trainer == {"step": 15} and complaints == []
 
 
+def test_a_state_never_prunes_itself_and_drops_those_of_an_abandoned_attempt(tmp_path):
+    for step in (100, 200):
+        commit(tmp_path, step)
+    commit(tmp_path, 50)
+    assert [p.name for p in checkpoint.states(tmp_path)] == ["step_00000050"]
+
+
+def test_a_fresh_start_sets_old_states_aside(tmp_path):
+    folder = tmp_path / "resume"
+    assert checkpoint.set_aside(folder) is None
+    for expected in ("resume-before-1", "resume-before-2"):
+        commit(folder, 5)
+        assert checkpoint.set_aside(folder).name == expected
+        assert checkpoint.latest(folder) == (None, [])
+    assert checkpoint.latest(tmp_path / "resume-before-1")[0] is not None
+
+
 def flip(path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

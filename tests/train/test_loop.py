@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -103,16 +104,18 @@ def test_a_resumed_run_is_bit_equal_to_a_straight_one(launcher, stages, tmp_path
         assert losses(run) == losses(root / stage)
 
 
-def test_one_rank_and_two_forwards_train_like_two_ranks(launcher, stages, tmp_path):
+@pytest.mark.parametrize("stage", ["a", "c"])
+def test_one_rank_and_two_forwards_train_like_two_ranks(launcher, stages, tmp_path, stage):
+    """Gradients of adapters and of the router are averaged over the ranks (trap A7)."""
     root, outputs = stages
-    tree = json.loads(json.dumps(outputs["a"][0]))
+    tree = json.loads(json.dumps(outputs[stage][0]))
     tree["train"] |= {"run": str(tmp_path / "run"), "accumulation": 2}
     tree["launch"] = {"ranks": 1}
     tree["tracking"] = {"enabled": False}
-    launcher.run(tree, tmp_path / "a.toml")
-    torch.testing.assert_close(losses(tmp_path / "run"), losses(root / "a"), rtol=1e-5, atol=1e-6)
+    launcher.run(tree, tmp_path / "config.toml")
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(root / stage), rtol=1e-5, atol=1e-6)
     one = read_adapter(tmp_path / "run" / "adapter.safetensors")[1]
-    two = read_adapter(root / "a" / "adapter.safetensors")[1]
+    two = read_adapter(root / stage / "adapter.safetensors")[1]
     for name in two:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
 
@@ -142,9 +145,10 @@ def test_two_nodes_on_one_machine_train_like_two_local_ranks(launcher, stages, t
     assert all(torch.equal(two_nodes[name], two_ranks[name]) for name in two_ranks)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_within_a_step_and_exits_cleanly(launcher, config, tmp_path, number):
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_a_signal_saves_within_a_step_and_exits_cleanly(launcher, config, tmp_path, number, workers):
     config["train"]["steps"] = 100_000
+    config["data"]["workers"] = workers
     process = launcher.start(config, tmp_path / "config.toml", through_wanmoe=True)
     for line in process.stdout:
         if line.startswith("step 0: held-out loss"):
@@ -178,8 +182,8 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_sample(launcher
     process = launcher.start(config, tmp_path / "config.toml")
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
-    assert "step 0: loss is not finite; skipped on all ranks; samples:" in output
-    assert "loss was not finite in 2 steps in a row" in output and "clip_000_abcdef01" in output
+    assert "step 0: the loss is not finite; skipped on all ranks; samples:" in output
+    assert "2 steps in a row were skipped" in output and "clip_000_abcdef01" in output
     assert "Traceback" not in output
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
@@ -196,16 +200,117 @@ def test_bf16_training_keeps_fp32_masters(launcher, config, tmp_path):
     assert not torch.equal(down, down.bfloat16().float())
 
 
-def test_pretrain_writes_a_model_that_loads(launcher, config, shards, tmp_path):
-    config["model"] = {"preset": "tiny"}
+def test_shards_of_another_text_encoder_are_refused_in_one_line(launcher, config, tmp_path):
+    config["model"] = {"preset": "tiny"}  # reads text 64 wide, the shards hold 16
     config["train"] |= {"stage": "pretrain", "steps": 3}
     del config["adapter"]
-    # The clips' text is 16 wide and the preset reads 64: refused before the first step, in one line per rank.
     process = launcher.start(config, tmp_path / "config.toml")
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0 and "Traceback" not in output
     assert "text embeddings are 16 wide, the model reads 64" in output
     assert not list(tmp_path.glob("run/*.safetensors"))
+
+
+def test_experts_and_router_train_together_with_recomputation_and_readers(launcher, stages, tmp_path):
+    root, outputs = stages
+    tree = json.loads(json.dumps(outputs["b"][0]))
+    tree["train"] |= {"run": str(tmp_path / "run"), "train_router": True, "checkpointing": True}
+    tree["router"] = {"mode": "learned"}
+    tree["data"]["workers"] = 1
+    launcher.run(tree, tmp_path / "config.toml")
+    info, tensors = read_adapter(tmp_path / "run" / "adapter.safetensors")
+    start = read_adapter(root / "a" / "adapter.safetensors")[1]
+    assert info.stage == "b+router" and info.router.mode == "learned"
+    assert all(tensors[name].any() for name in tensors)
+    assert all(torch.equal(tensors[n], start[n]) == (".base_" in n) for n in start)
+    assert {"train/teacher_kl", "train/diffusion"} < set(read_metrics(tmp_path / "run")[-2])
+
+
+def test_a_finished_run_whose_file_is_gone_writes_it_again(launcher, stages, tmp_path):
+    root, outputs = stages
+    shutil.copytree(root / "b", tmp_path / "b")
+    (tmp_path / "b" / "adapter.safetensors").unlink()
+    tree = json.loads(json.dumps(outputs["b"][0]))
+    tree["train"]["run"] = str(tmp_path / "b")
+    launcher.run(tree, tmp_path / "b.toml")
+    again = read_adapter(tmp_path / "b" / "adapter.safetensors")[1]
+    before = read_adapter(root / "b" / "adapter.safetensors")[1]
+    assert all(torch.equal(again[name], before[name]) for name in before)
+
+
+def test_a_resume_on_another_start_file_is_refused(launcher, stages, tmp_path):
+    root, outputs = stages
+    shutil.copytree(root / "b", tmp_path / "b")
+    tree = json.loads(json.dumps(outputs["b"][0]))
+    tree["train"]["run"] = str(tmp_path / "b")
+    tree["model"]["adapter"] = str(root / "c" / "adapter.safetensors")
+    process = launcher.start(tree, tmp_path / "b.toml")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and "belongs to another run (adapter_sha256" in output
+
+
+def test_nodes_that_do_not_share_the_run_folder_are_told_so(launcher, stages, tmp_path):
+    """Node 0 would resume at step 3 and node 1 start at 0: their collectives would mix."""
+    root, outputs = stages
+    shutil.copytree(root / "a", tmp_path / "shared0")
+    shutil.rmtree(tmp_path / "shared0" / "resume" / "step_00000006")
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("node-a slots=1\nnode-b slots=1\n")
+    common = {"hostfile": str(hostfile), "no_ssh": True, "master_port": launcher.free_port()}
+    nodes = []
+    for rank in (0, 1):
+        folder = tmp_path / f"disk{rank}"
+        folder.mkdir()
+        tree = json.loads(json.dumps(outputs["a"][0])) | {"launch": common | {"node_rank": rank}}
+        # The same path on both, seen through each node's own working folder.
+        tree["train"]["run"] = "run"
+        if rank == 0:
+            (tmp_path / "shared0").rename(folder / "run")
+        nodes.append(launcher.start(tree, folder / "config.toml"))
+    texts = [node.communicate(timeout=300)[0] for node in nodes]
+    assert all(node.returncode != 0 for node in nodes)
+    assert any("the ranks disagree on the resume state" in text for text in texts), texts[0][-3000:]
+
+
+def test_saving_gathers_only_what_trains_and_clipping_reaches_the_router(launcher, stages, tmp_path):
+    """Collectives of a save are counted; a tiny clipping norm stops the router's weights (traps B6, A7)."""
+    _, outputs = stages
+    tree = json.loads(json.dumps(outputs["c"][0]))
+    tree["train"] |= {"run": str(tmp_path / "run"), "steps": 2}
+    tree["optimizer"] |= {"max_grad_norm": 1e-12, "eps": 1e-6, "weight_decay": 0.0}
+    (tmp_path / "tree.json").write_text(json.dumps(tree))
+    code = """
+import json, sys, torch, torch.distributed as dist
+from wanmoe.launch.config import parse_config
+from wanmoe.train.engine import init_distributed
+from wanmoe.train.loop import Trainer
+config = parse_config(json.load(open(sys.argv[1])), "test")
+trainer = Trainer(config, *init_distributed())
+before = {name: value.clone() for name, value in trainer.adapter.router.state_dict().items()}
+trainer.fit()
+after = trainer.adapter.router.state_dict()
+moved = max(float((after[name] - before[name]).abs().max()) for name in before)
+gathered = 0
+for name in ("all_gather_into_tensor", "all_gather", "broadcast", "all_gather_single"):
+    if hasattr(dist, name):
+        plain = getattr(dist, name)
+        def counted(*args, plain=plain, **more):
+            global gathered
+            gathered += sum(t.numel() for t in args if isinstance(t, torch.Tensor))
+            return plain(*args, **more)
+        setattr(dist, name, counted)
+trainer._save()
+print(json.dumps({"moved": moved, "gathered": gathered, "trainable": trainer._trainable_count()}))
+"""
+    ports = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launcher.free_port())}
+    env = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"} | ports
+    words = [sys.executable, "-c", code, str(tmp_path / "tree.json")]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    # Masters and two moments of what trains, each once as input and once as output.
+    assert 0 < found["gathered"] <= 2 * 3 * found["trainable"] + 64
+    assert found["moved"] < 1e-6
 
 
 def test_a_rank_alone_says_how_to_start():

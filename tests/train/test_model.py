@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from wanmoe.launch.config import parse_config
-from wanmoe.moe_lora import AdapterConfig, Expert, RouterConfig, WanmoeError, attach, save_adapter
+from wanmoe.moe_lora import AdapterConfig, RouterConfig, WanmoeError, attach, save_adapter
 from wanmoe.moe_lora.wan.weights import dit_hash, load_dit
 from wanmoe.train import ShardDataset
-from wanmoe.train.batch import LabelGates
-from wanmoe.train.model import check_text_width, load_model, side_range, unseen_experts
+from wanmoe.train.model import check_text_width, file_hashes, load_model, side_range
 from wanmoe.train.stages import STAGES
 
 
@@ -50,8 +49,9 @@ def saved(base, tmp_path):
 
 def test_the_next_stage_starts_from_the_file_and_its_experts(config, saved):
     made = parsed(config, model={"adapter": str(saved), "noise_expert": "low"}, train={"stage": "b"})
-    dit, adapter, base_sha256 = load_model(made)
-    assert adapter.config.blocks == 2 and dit.first_adapted == 1 and len(base_sha256) == 64
+    dit, adapter = load_model(made)
+    assert adapter.config.blocks == 2 and dit.first_adapted == 1
+    assert file_hashes(made) == {"base_sha256": dit_hash(made.model.dit), "adapter_sha256": dit_hash(saved)}
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,11 @@ def test_an_adapter_of_another_base_is_refused(config, saved, base, tmp_path):
 
     save_dit(dit, tmp_path / "other.safetensors")
     other = {"dit": str(tmp_path / "other.safetensors"), "adapter": str(saved), "noise_expert": "low"}
+    made = parsed(config, model=other, train={"stage": "b"})
     with pytest.raises(WanmoeError, match="it was trained on base"):
-        load_model(parsed(config, model=other, train={"stage": "b"}))
+        file_hashes(made)
+    made.model.any_base = True
+    assert len(file_hashes(made)["adapter_sha256"]) == 64
 
 
 def test_pretrain_starts_from_the_seed(config):
@@ -86,9 +89,9 @@ def test_pretrain_starts_from_the_seed(config):
         {name: value for name, value in config.items() if name != "model"}, model={"preset": "tiny"}
     )
     made.train.stage = "pretrain"
-    first, adapter, base_sha256 = load_model(made)
-    again, *_ = load_model(made)
-    assert adapter is None and base_sha256 == ""
+    first, adapter = load_model(made)
+    again, _ = load_model(made)
+    assert adapter is None and file_hashes(made) == {"base_sha256": "", "adapter_sha256": ""}
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
 
 
@@ -100,6 +103,30 @@ def test_shards_of_another_text_encoder_are_refused(base, shards, tmp_path):
         check_text_width(dit, ShardDataset(shards))
 
 
-def test_experts_that_no_clip_shows_are_named(shards):
-    experts = AdapterConfig(experts=(*AdapterConfig().experts, Expert(name="Stapler"))).expert_set
-    assert unseen_experts(ShardDataset(shards), LabelGates(experts, RouterConfig(), True)) == ["Stapler"]
+@pytest.mark.parametrize(
+    ("stage", "router", "words"),
+    [
+        ("a", {"mode": "learned"}, "stage a trains no router and its adapter has none"),
+        ("b", {"mode": "learned"}, "stage b trains no router and its adapter has none"),
+        ("c", {}, "a router is to be trained; set router.mode = 'learned'"),
+    ],
+)
+def test_a_router_that_nobody_trains_is_refused(config, saved, stage, router, words):
+    model = {"adapter": str(saved), "noise_expert": "low"}
+    with pytest.raises(WanmoeError, match=words):
+        load_model(parsed(config, model=model, train={"stage": stage}, router=router))
+
+
+def test_routing_settings_of_the_file_hold_unless_set(config, base, tmp_path):
+    settings = RouterConfig(mode="learned", top_k=1, bands=((0.0, 1.0),))
+    adapter = attach(load_dit(base), AdapterConfig(blocks=2, ffn_blocks=1), settings)
+    path = save_adapter(adapter, tmp_path / "c.safetensors", stage="c", step=1)
+    made = parsed(config, model={"adapter": str(path)}, train={"stage": "b"}, router={"temperature": 0.5})
+    _, loaded = load_model(made)
+    assert loaded.router_config == settings.model_copy(update={"temperature": 0.5})
+    assert torch.equal(loaded.router.out.weight, adapter.router.out.weight)
+    made = parsed(config, model={"adapter": str(path)}, train={"stage": "b"}, router={"mode": "rule"})
+    with pytest.raises(WanmoeError, match="holds a learned router, which router.mode = 'rule' would drop"):
+        load_model(
+            parsed(config, model={"adapter": str(path)}, train={"stage": "b"}, router={"mode": "rule"})
+        )

@@ -2,6 +2,7 @@
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from wanmoe.moe_lora import WanmoeError
 from wanmoe.train.config import TrackingConfig
@@ -33,6 +34,28 @@ def test_a_resume_goes_on_with_the_same_run_and_cuts_what_came_after_the_state(t
     assert again.run_id == first.run_id
     again.log(3, {"train/loss": 30.0})
     assert [line["train/loss"] for line in read_metrics(tmp_path)] == [1, 2, 30]
+
+
+def test_a_last_line_that_a_crash_cut_is_left_out_and_a_damaged_one_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n{"step": 2, "tra')
+    assert read_metrics(tmp_path) == [{"step": 1, "train/loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tra\n{"step": 2, "train/loss": 1.0}\n')
+    with pytest.raises(WanmoeError, match="metrics.jsonl:1: damaged"):
+        read_metrics(tmp_path)
+
+
+def test_a_tracker_that_fails_on_the_way_does_not_end_the_run(tmp_path, capsys, monkeypatch):
+    tracker = Tracker(TrackingConfig(), tmp_path, {})
+
+    def fail(*_arguments, **_more):
+        raise MlflowException("server gone\nlong trace")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", fail)
+    for step in (1, 2):
+        tracker.log(step, {"train/loss": 1.0})
+    tracker.close()
+    assert len(read_metrics(tmp_path)) == 2
+    assert capsys.readouterr().err.count("MLflow failed (server gone)") == 1
 
 
 def test_tracking_can_be_off(tmp_path):

@@ -66,6 +66,14 @@ def test_every_clip_is_measured_with_every_expert(base, shards, tmp_path):
     assert all(sum(row) == 0 for row in gates["rule"].values())
 
 
+def test_one_side_is_measured_at_its_own_levels_with_the_same_noise(base, shards, tmp_path):
+    adapter = attach(load_dit(base), AdapterConfig(blocks=2))
+    path = save_adapter(adapter, tmp_path / "a.safetensors", stage="a", step=1, noise_expert="high")
+    side, whole = evaluate_files(base, shards, path, False), evaluate_files(base, shards, None, False)
+    assert list(side["by_t"]) == ["0.9"]
+    assert side["by_t"]["0.9"] == pytest.approx(whole["by_t"]["0.9"])  # a fresh adapter is the frozen model
+
+
 def test_the_frozen_model_needs_no_adapter(base, shards):
     figures = evaluate(load_dit(base), None, ShardDataset(shards, "val"), "pretrain")
     assert figures["clips"] == 4 and set(figures["by_t"]) == {str(level) for level in LEVELS}
