@@ -322,9 +322,9 @@ def _adapter_paths(
     for path in paths.values():
         if read_adapter(path)[0].noise_expert == "high" and not any_base:
             raise WanmoeError(
-                f"adapter {path} was trained on the high-noise expert, and there is only one model: give that "
-                "expert as dit_high_noise_path (--dit_high_noise), or load the adapter all the same with "
-                "any_base (--any_base)"
+                f"adapter {path} belongs to the high noise expert, and there is only one model: give that "
+                "expert as dit_high_noise_path (--dit_high_noise), or pass any_base (--any_base) to load it "
+                "all the same"
             )
     return paths
 

@@ -208,7 +208,7 @@ def generate(
     logging.getLogger("wanmoe").setLevel(logging.INFO)
     place = chosen_device(device)
     weights = chosen_dtype(dtype, place)
-    adapters: list[Path | None] = [*(lora_moe_weights or [None])]
+    adapters: list[Path | None] = [*lora_moe_weights] if lora_moe_weights else [None]
     if len(adapters) > 2:
         raise WanmoeError(
             f"--lora_moe_weights was given {len(adapters)} times; give one file, or low and high"
@@ -268,7 +268,7 @@ def main() -> None:
     """Entry point: a fault in what the user gave is one line on standard error and exit code 2."""
     try:
         # Users of the seed type --num_frames, users of click --num-frames: both are the same.
-        sys.argv[1:] = [_dashed(word) for word in sys.argv[1:]]
+        sys.argv[1:] = [dashed(word) for word in sys.argv[1:]]
         app()
     except WanmoeError as error:
         rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
@@ -276,7 +276,7 @@ def main() -> None:
         sys.exit(2)
 
 
-def _dashed(word: str) -> str:
+def dashed(word: str) -> str:
     """--num_frames as --num-frames; values and --section.key options stay as they are."""
     if not word.startswith("--"):
         return word

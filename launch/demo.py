@@ -59,9 +59,9 @@ class Recipe:
     val: int = 48
     background_clips: int = 400
     batch: int = 2
-    steps: tuple[int, int, int, int] = (800, 300, 400, 150)
+    steps: tuple[int, int, int, int] = (1000, 400, 600, 150)
     """Of pretrain, a, b, c."""
-    lr: tuple[float, float, float, float] = (1e-3, 3e-3, 3e-3, 3e-3)
+    lr: tuple[float, float, float, float] = (3e-3, 3e-3, 5e-3, 3e-3)
     sample_steps: int = 30
 
 
@@ -321,6 +321,23 @@ def facts(out: Path, figures: dict[str, Any]) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "MLflow": f"sqlite:///{out}/mlflow.db",
     }
+
+
+def markdown(results: DemoResults) -> str:
+    """The main figures as two Markdown tables, as they stand in the README."""
+    rows = [f"| {name} | {loss:.4f} |" for name, loss in results.validation.items()]
+    losses = ["| model | held-out loss |", "|---|---|", *rows]
+    experts = [
+        "| clips of | " + " | ".join(results.experts) + " |",
+        "|---" * (len(results.experts) + 1) + "|",
+    ]
+    for label, row in results.wrong_expert.items():
+        best = min(row)
+        cells = [f"**{loss:.4f}**" if loss == best else f"{loss:.4f}" for loss in row]
+        experts.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(
+        [*losses, "", "Loss of a label's clips with each expert alone (the lowest in bold):", "", *experts]
+    )
 
 
 def print_results(results: DemoResults, report: Path) -> None:

@@ -33,6 +33,7 @@ def write_atomic(
         WanmoeError: names the target and the cause; a former file of that name is as it was.
     """
     path = Path(path)
+    failures: tuple[type[Exception], ...] = (OSError, *errors)
     # Not mkstemp: that makes files which only their owner may read.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
@@ -40,7 +41,7 @@ def write_atomic(
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
-    except (OSError, *errors) as error:
+    except failures as error:
         cause = getattr(error, "strerror", None) or error
         raise WanmoeError(f"{path}: could not be written ({cause}); nothing was replaced") from error
     finally:

@@ -56,3 +56,21 @@ def test_the_toml_of_the_guide_is_a_valid_set_of_experts(tmp_path):
     (text,) = blocks("toml")
     (tmp_path / "experts.toml").write_text(text, encoding="utf-8")
     assert load_experts(tmp_path / "experts.toml").names == ["Stapler", "Other"]
+
+
+def test_the_figures_of_the_readme_are_those_of_the_committed_result():
+    from wanmoe.infer.report import DemoResults
+    from wanmoe.launch.demo import markdown
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = DemoResults.from_json((ROOT / "docs" / "demo.json").read_text(encoding="utf-8"))
+    shown = readme.split("<!-- demo -->")[1].split("<!-- /demo -->")[0].strip()
+    assert shown == markdown(results)
+    assert f"about {float(results.facts['wall time'].split()[0]):.0f} minutes" in readme
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/guide.md"])
+def test_every_relative_link_leads_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []

@@ -227,7 +227,9 @@ def faults(command: list[str], root: Any, check_key: Callable[[str], object], ma
         if words[0] not in level.commands:
             return [f"wanmoe: no command {words[0]!r}"]
         level = level.commands[words.pop(0)]
-    flags = [word.split("=")[0] for word in words if re.match(r"--?[A-Za-z]", word)]
+    from wanmoe.launch.cli import dashed
+
+    flags = [dashed(word).split("=")[0] for word in words if re.match(r"--?[A-Za-z]", word)]
     known = {"--help", *(name for param in level.params for name in (*param.opts, *param.secondary_opts))}
     out = []
     for flag in flags:

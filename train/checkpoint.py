@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..moe_lora import WanmoeError
+from ..moe_lora.files import file_sha256
 from .engine import MOMENTS, allocate_moments
-from .shard_check import file_sha256
 
 FORMAT = "wanmoe-resume/1"
 FILES = ("state.safetensors", "trainer.json")

@@ -69,7 +69,12 @@ class Trainer:
         path, state, trainer = self._find_resume()
         self.step = int(trainer.get("step", 0))
         # Paths may differ between nodes; what lies there may not.
-        paths = {"model": {"dit", "adapter"}, "data": {"shards"}, "train": {"run"}, "launch": True}
+        paths: dict[str, Any] = {
+            "model": {"dit", "adapter"},
+            "data": {"shards"},
+            "train": {"run"},
+            "launch": True,
+        }
         settings = {"the config": config.model_dump_json(exclude=paths)}
         agree({"the resume state": path and path.name} | settings | self._identity())
         self.trainable = select_trainable(self.spec, self.dit, self.adapter)

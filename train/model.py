@@ -8,11 +8,11 @@ import torch
 
 from ..moe_lora import Adapter, WanmoeError, attach, load_adapter
 from ..moe_lora.adapter_file import has_router, read_adapter
+from ..moe_lora.files import file_sha256
 from ..moe_lora.wan.config import WanConfig
 from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weights import dit_hash, load_dit
 from .config import TrainerConfig
-from .shard_check import file_sha256
 from .shards import ShardDataset
 from .stages import STAGES, StageSpec, stage_name
 

@@ -327,6 +327,27 @@ def test_bad_models_are_one_clear_line(files: Path, tmp_path: Path) -> None:
     LoRAMoEInference("t2v", low, **MODEL, lora_moe_weights=foreign, any_base=True)
 
 
+def test_a_high_noise_adapter_needs_its_own_model(files: Path, tmp_path: Path) -> None:
+    low, high = files / "low.safetensors", files / "high.safetensors"
+    adapter = _write_adapter(
+        tmp_path / "h.safetensors", high, noise_expert="high", base_sha256=dit_hash(high)
+    )
+    for given in (adapter, (adapter, None)):
+        with pytest.raises(
+            WanmoeError, match=r"h.safetensors belongs to the high noise .*dit_high_noise_path"
+        ):
+            LoRAMoEInference("t2v", low, lora_moe_weights=given, **MODEL)
+    with pytest.raises(WanmoeError, match=r"h.safetensors is for a high-noise model.*dit_high_noise_path"):
+        LoRAMoEInference("t2v", low, lora_moe_weights=(None, adapter), any_base=True, **MODEL)
+    alone = LoRAMoEInference("t2v", low, lora_moe_weights=adapter, any_base=True, **MODEL)
+    assert alone.sides["low"].adapter is not None
+    pair = {"dit_path": low, "dit_high_noise_path": high, **MODEL}
+    both = LoRAMoEInference("t2v", lora_moe_weights=adapter, **pair)
+    assert both.sides["low"].adapter is None and both.sides["high"].adapter is not None
+    with pytest.raises(WanmoeError, match="it belongs to the high noise expert, this model is low"):
+        LoRAMoEInference("t2v", lora_moe_weights=(adapter, None), **pair)
+
+
 def test_a_hint_without_an_adapter_is_an_error(files: Path) -> None:
     frozen = LoRAMoEInference("t2v", files / "low.safetensors", **MODEL)
     assert frozen.route("hook") == {}

@@ -184,6 +184,6 @@ def test_what_does_not_fit_is_an_error_and_leaves_nothing(tmp_path: Path) -> Non
             setattr(run, name, value)
         with pytest.raises(WanmoeError, match=message):
             write_report(run, path)
-    with pytest.raises(WanmoeError, match="cannot be written"):
+    with pytest.raises(WanmoeError, match="could not be written"):
         write_report(_results(), tmp_path / "nowhere" / "report.html")
     assert list(tmp_path.iterdir()) == []

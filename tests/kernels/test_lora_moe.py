@@ -131,9 +131,22 @@ def test_leading_axes_are_kept():
         ({"expert_up": torch.zeros(4, 2, 11)}, "expert_up has shape (4, 2, 11), expected (4, 11, 2)"),
         ({"expert_gates": torch.zeros(3)}, "must have 2, 2, 3 and 2 axes"),
         ({"base_down": torch.zeros(3, 7, device="meta")}, "base_down is on meta, x is on cpu"),
+        ({"weight": torch.zeros(11, 7, device="meta")}, "weight is on meta, x is on cpu"),
+        ({"x": torch.zeros(15, 7, dtype=torch.int64)}, "x is torch.int64, expected a floating dtype"),
+        ({"expert_up": torch.zeros(4, 11, 2, dtype=torch.int8)}, "expert_up is torch.int8, expected a float"),
+        (
+            {"expert_gates": torch.ones(3, 4, dtype=torch.bool)},
+            "expert_gates is torch.bool, expected a float",
+        ),
+        ({"weight": torch.zeros(11, 7)}, "weight is torch.float32, x is torch.float64; convert one"),
+        ({"bias": torch.zeros(11, dtype=torch.bfloat16)}, "bias is torch.bfloat16, x is torch.float64"),
+        ({"tokens_per_row": 0}, "x (15, 7) has 15 tokens, 0 per gate row; both must be 1 or more"),
+        ({"tokens_per_row": -5}, "-5 per gate row; both must be 1 or more"),
+        ({"x": torch.zeros(0, 7, dtype=torch.float64)}, "x (0, 7) has 0 tokens, 5 per gate row"),
+        ({"x": torch.tensor(1.0, dtype=torch.float64)}, "x has shape (), expected (7,)"),
     ],
 )
-def test_wrong_shapes_are_named(change, words):
+def test_wrong_shapes_dtypes_and_devices_are_named(change, words):
     with pytest.raises(ValueError) as caught:
         call(lora_moe_linear, inputs() | change)
     assert words in str(caught.value)

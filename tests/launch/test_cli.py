@@ -11,7 +11,8 @@ import typer
 
 from wanmoe.launch import cli
 from wanmoe.moe_lora import AdapterConfig, attach, save_adapter
-from wanmoe.moe_lora.video import write_video
+from wanmoe.moe_lora.video import read_video, write_video
+from wanmoe.moe_lora.wan import codec, text
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
 from wanmoe.moe_lora.wan.weights import save_dit
@@ -168,6 +169,10 @@ def test_a_shard_cut_short_is_named_by_train_and_by_verify(monkeypatch, capsys, 
         (["--video_size", "100", "96"], ("100x96", "nearest is 96x96")),
         (["--image_path", "x.png"], ("x.png", "t2v")),
         (["--solver", "ddim"], ("ddim", "unipc")),
+        (["--dtype", "bf61"], ("--dtype 'bf61'", "nearest is 'bf16'", "fp32, bf16, file")),
+        (["--device", "gpu"], ("--device 'gpu'", "cpu, cuda or cuda:N")),
+        (["--device", "mps"], ("--device 'mps'", "cpu, cuda or cuda:N")),
+        (["--device", "cuda:99"], ("--device 'cuda:99' is not there", "give cpu")),
         (["--lora_moe_weights", "{work}/base.safetensors"], ("base.safetensors", "not a wanmoe adapter")),
     ],
 )
@@ -181,6 +186,93 @@ def test_bad_requests_are_one_line_and_write_no_video(monkeypatch, capsys, work,
     code, line = run(monkeypatch, capsys, "generate", *common, *target, *size, *words)
     assert code == 2 and line.startswith("wanmoe: error: ") and all(word in line for word in expected), line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "expected"),
+    [
+        ([], "cpu", None),
+        (["--dtype", "file"], "cpu", None),
+        (["--dtype", "bf16"], "cpu", torch.bfloat16),
+        (["--dtype", "fp32"], "cpu", torch.float32),
+        ([], "cuda", torch.bfloat16),
+        (["--dtype", "file"], "cuda", None),
+    ],
+)
+def test_the_dtype_is_asked_for_or_said(monkeypatch, capsys, caplog, work, words, device, expected):
+    """The pipeline is not run here: what it is given is looked at."""
+    given = {}
+
+    class Pipeline:
+        def __init__(self, *_paths, **options):
+            given.update(options)
+
+        def generate(self, *_request, **_options):
+            pass
+
+    monkeypatch.setattr("wanmoe.infer.LoRAMoEInference", Pipeline)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(device == "cuda"))
+    caplog.set_level("INFO", logger="wanmoe")
+    common = ("--dit", work / "base.safetensors", "--vae", "haar", "--text", "hash", "--prompt", "hook")
+    code, _ = run(monkeypatch, capsys, "generate", *common, *words)
+    assert code == 0 and given["dtype"] is expected and given["device"] == torch.device(device)
+    assert ("bf16, the default on cuda" in caplog.text) == (device == "cuda" and not words)
+
+
+def test_bf16_generates_on_the_cpu(monkeypatch, capsys, work, tmp_path):
+    common = ("--dit", work / "base.safetensors", "--vae", "haar", "--text", "hash", "--prompt", "hook")
+    small = ("--num_frames", "5", "--num_steps", "2", "--video_size", "32", "32", "--seed", "1")
+    more = ("--lora_moe_weights", work / "adapter.safetensors", "--device", "cpu")
+    for dtype in ("bf16", "fp32"):
+        target = ("--output_path", tmp_path / f"{dtype}.mp4", "--dtype", dtype)
+        code, line = run(monkeypatch, capsys, "generate", *common, *small, *more, *target)
+        assert code == 0, line
+    low, full = (read_video(tmp_path / f"{dtype}.mp4").float() for dtype in ("bf16", "fp32"))
+    assert full.std() > 1 and (low - full).abs().mean() < 8
+
+
+def test_prepare_hands_its_device_on(monkeypatch, capsys, work, tmp_path):
+    places = {}
+
+    def loader(name, real):
+        def load(path, **options):
+            places[name] = options["device"]
+            return real(path, **(options | {"device": "cpu"}))
+
+        return load
+
+    for name, module in (("load_vae", codec), ("load_text_encoder", text)):
+        monkeypatch.setattr(module, name, loader(name, getattr(module, name)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    arguments = (
+        "--clips",
+        work / "clips",
+        "--vae",
+        "haar",
+        "--text",
+        "hash",
+        "--size",
+        "32",
+        "32",
+        "--frames",
+        "5",
+    )
+    for words, device in (((), "cuda"), (("--device", "cuda:1"), "cuda:1"), (("--device", "cpu"), "cpu")):
+        code, line = run(monkeypatch, capsys, "prepare", *arguments, "--out", tmp_path / "shards", *words)
+        assert code == 0, line
+        assert places == dict.fromkeys(("load_vae", "load_text_encoder"), torch.device(device))
+
+
+def test_evaluate_writes_its_figures_or_says_at_once_that_it_cannot(monkeypatch, capsys, work, tmp_path):
+    common = ("--dit", work / "base.safetensors", "--shards", work / "shards")
+    code, _ = run(monkeypatch, capsys, "evaluate", *common, "--out", tmp_path / "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert code == 0 and figures["loss"] > 0 and figures["clips"] == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+    monkeypatch.setattr("wanmoe.train.evaluate.evaluate_files", lambda *_: pytest.fail("computed in vain"))
+    target = tmp_path / "nowhere" / "figures.json"
+    code, line = run(monkeypatch, capsys, "evaluate", *common, "--out", target)
+    assert code == 2 and f"--out {target}: the folder" in line and "does not exist" in line
 
 
 @pytest.mark.parametrize("command", ["synth", "prepare", "generate"])

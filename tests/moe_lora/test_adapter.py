@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wanmoe.moe_lora import AdapterConfig, Gates, RouterConfig, WanmoeError, attach
+from wanmoe.moe_lora import AdapterConfig, Expert, Gates, RouterConfig, WanmoeError, attach
 from wanmoe.moe_lora.adapter import LoRAMoELinear
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
@@ -226,6 +226,20 @@ def test_dropout_keeps_the_mean(kind):
     torch.testing.assert_close(draws.mean(0), expected, atol=0.15, rtol=0.1)
 
 
+def test_module_dropout_takes_base_and_experts_of_a_linear_together():
+    torch.manual_seed(0)
+    linear = LoRAMoELinear(torch.nn.Linear(6, 5), 2, 3, AdapterConfig(blocks=2, module_dropout=0.5))
+    for parameter in (linear.base_up, linear.expert_up):
+        torch.nn.init.ones_(parameter)
+    seen = set()
+    for _ in range(40):
+        dropped = linear._drop(linear.base_up, linear.expert_up)
+        values = {value for up in dropped for value in up.unique().tolist()}
+        assert len(values) == 1  # one draw for the whole linear
+        seen |= values
+    assert seen == {0.0, 2.0}
+
+
 def test_initial_values_depend_on_seed_and_name_alone(dit):
     first = {n: p.clone() for n, p in attach(dit, SMALL, seed=3).parameters().items()}
     torch.manual_seed(99)
@@ -241,6 +255,23 @@ def test_a_second_adapter_is_refused(dit):
     attach(dit, SMALL)
     with pytest.raises(WanmoeError, match="has an adapter already"):
         attach(dit, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"fallback": "Othr"}, "unknown expert 'Othr'; nearest is 'Other'"),
+        ({"experts": (Expert(name="a"), Expert(name="A"))}, "names must differ"),
+        (
+            {"experts": (Expert(name="a", keywords=("x",)), Expert(name="b", keywords=("X",)))},
+            "keyword 'X' belongs to both 'a' and 'b'",
+        ),
+        ({"experts": ()}, "adapter.experts is empty"),
+    ],
+)
+def test_experts_that_cannot_be_used_are_refused_at_construction(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        AdapterConfig(**wrong)
 
 
 @pytest.mark.parametrize(("blocks", "count"), [("last_2", 2), (3, 3), ([0, 2], 2)])

@@ -17,6 +17,8 @@ from wanmoe.moe_lora import (
     load_adapter,
     save_adapter,
 )
+from wanmoe.moe_lora.adapter_file import read_adapter
+from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
 
 CONFIG = AdapterConfig(
@@ -69,16 +71,26 @@ def test_the_file_holds_the_adapter_alone(saved):
     assert (info["noise_expert"], info["stage"], info["step"], info["task"]) == ("high", "b", 7, "t2v")
 
 
-def test_the_size_on_a14b_is_that_of_17_million_parameters(tmp_path):
-    tensors = {"x": torch.zeros(17_520_640, dtype=torch.bfloat16)}
-    save_file(tensors, tmp_path / "size.safetensors")
-    assert 35_000_000 < (tmp_path / "size.safetensors").stat().st_size < 35_100_000
+@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 2), (torch.float32, 4)])
+def test_the_size_on_a14b_is_that_of_17_million_parameters(tmp_path, dtype, width):
+    with torch.device("meta"):
+        adapter = attach(WanDiT(WanConfig.preset("t2v-A14B")))
+    # The live parameters hold nothing, as under ZeRO-3: the values come from elsewhere.
+    values = {name: torch.zeros(parameter.shape) for name, parameter in adapter.parameters().items()}
+    path = tmp_path / "a14b.safetensors"
+    save_adapter(adapter, path, stage="b", step=1, tensors=values, dtype=dtype)
+    header = path.stat().st_size - 17_520_640 * width
+    assert 0 < header < 60_000
+    info, tensors = read_adapter(path)
+    assert {name: value.shape for name, value in tensors.items()} == {n: v.shape for n, v in values.items()}
+    assert {value.dtype for value in tensors.values()} == {dtype} and info.task == "t2v"
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"noise_expert": "low"}, "it belongs to the high noise expert, this model is low"),
+        ({"noise_expert": "both"}, "it belongs to the high noise expert, this model is both"),
         ({"base_sha256": "cd" * 32}, "it was trained on base abababababab, this base is cdcdcdcdcdcd"),
     ],
 )
@@ -133,6 +145,32 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
         save_adapter(adapter, path, stage="b", step=8)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_given_router_replaces_only_the_keys_that_are_set(saved, dit, tmp_path):
+    bands = ((0.0, 0.25), (0.5, 0.75))
+    adapter = attach(fresh(dit), CONFIG, RouterConfig(mode="learned", top_k=2, temperature=0.4, bands=bands))
+    path = save_adapter(adapter, tmp_path / "b.safetensors", stage="c", step=1)
+    loaded = load_adapter(path, fresh(dit), router=RouterConfig(top_k=1))
+    assert loaded.router_config == adapter.router_config.model_copy(update={"top_k": 1})
+    assert (loaded.router_config.mode, loaded.router_config.bands) == ("learned", bands)
+    for name, value in adapter.router.named_parameters():
+        assert torch.equal(loaded.router.get_parameter(name), value), name
+    assert load_adapter(path, fresh(dit)).router_config == adapter.router_config
+
+
+def test_a_file_for_both_sides_goes_to_either(dit, tmp_path):
+    path = save_adapter(attach(dit, CONFIG), tmp_path / "a.safetensors", stage="a", step=1)
+    for side in ("high", "low", "both"):
+        assert load_adapter(path, fresh(dit), noise_expert=side).count() > 0
+
+
+def test_a_learned_router_is_never_dropped_in_silence(saved, dit):
+    _, path = saved
+    with pytest.raises(
+        WanmoeError, match=r"adapter.safetensors: it holds a learned router, which router.mode"
+    ):
+        load_adapter(path, fresh(dit), router=RouterConfig(mode="rule"))
 
 
 def test_a_file_without_a_router_starts_one_afresh(dit, tmp_path):

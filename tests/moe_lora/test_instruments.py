@@ -16,6 +16,9 @@ SURGICAL = ExpertSet()
         ("The Hooks and a pair of scissors", {"Hook/Electrocautery": 1, "Scissors": 1}),
         ("cauterising, aspirating", {"Hook/Electrocautery": 1, "Suction": 1}),
         ("a hooked needle unhooks", {}),  # whole words only
+        ("用hook切割组织", {"Hook/Electrocautery": 1}),  # a Chinese character ends an English word
+        ("suction吸引器", {"Suction": 2}),  # and the ending of suction* too
+        ("hook2, 3hooks", {}),
         ("手术视野", {}),
         ("", {}),
     ],
@@ -43,6 +46,14 @@ def test_custom_experts_match_their_own_name():
     experts = ExpertSet([Expert(name="milk"), Expert(name="thanks")], fallback="milk")
     assert experts.find("a person signs thanks") == {"thanks": 1}
     assert experts.fallback == "milk"
+
+
+@pytest.mark.parametrize("name", ["C++", "Tool (A)", "#2", ".net", "Hook/Electrocautery"])
+def test_names_with_signs_at_their_edges_match_themselves(name):
+    experts = ExpertSet([Expert(name=name), Expert(name="other")])
+    for text in (name, name.lower(), f"the {name}, twice", f"用{name}切割"):
+        assert experts.find(text) == {name: 1}, text
+    assert experts.find(f"x{name}y") == {}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor
 from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.moe_lora.instruments import SURGICAL, Expert, ExpertSet
 from wanmoe.moe_lora.video import Fit, read_video, to_model, write_video
+from wanmoe.moe_lora.wan.codec import load_vae
 from wanmoe.moe_lora.wan.text import HashTextEncoder
 from wanmoe.train.clips import Clip, clips_from_folder, instrument_names, read_clip_list
 from wanmoe.train.prepare import label, prepare
@@ -205,6 +206,35 @@ def test_i2v_stores_the_condition_on_the_first_frame(tmp_path: Path) -> None:
     assert not sample.image_latent[:4, 1:].any()
     assert torch.allclose(sample.image_latent[4:, 0], sample.latent[:, 0], atol=1e-3)
     assert not sample.image_latent[4:, 1:].any(), "grey frames are 0 in [-1, 1]"
+
+
+@pytest.mark.gpu
+def test_a_gpu_makes_the_same_shards(tmp_path: Path) -> None:
+    clips = read_clip_list(synth_clips(tmp_path / "c", clips=4, val=2, height=32, width=48, frames=9))
+    options: dict[str, Any] = {"experts": EXPERTS, "size": (32, 48), "frames": 9, "progress": False}
+    for device in ("cpu", "cuda"):
+        encoder = HashTextEncoder(dim=16).to(device)
+        prepare(
+            clips, tmp_path / device, codec=load_vae("haar", device=device), text_encoder=encoder, **options
+        )
+    assert verify_shards(tmp_path / "cuda").ok
+    cpu, cuda = ShardDataset(tmp_path / "cpu"), ShardDataset(tmp_path / "cuda")
+    for index in range(len(cpu)):
+        assert torch.allclose(cuda[index].latent, cpu[index].latent, atol=5e-3)
+        assert torch.equal(cuda[index].context, cpu[index].context)
+
+
+def test_what_encoders_give_leaves_their_device_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts are kept for captions to come: on the encoder's device they would pile up."""
+    moved: list[torch.Size] = []
+    real = Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda tensor: (moved.append(tensor.shape), real(tensor))[1])
+    clip = {"video_path": str(video(tmp_path / "v.mp4", 9)), "caption": "The hook."}
+    run(listed(tmp_path, clip), tmp_path / "s", val_fraction=0.0)
+    latent, context = ShardDataset(tmp_path / "s")[0].latent, ShardDataset(tmp_path / "s")[0].context
+    assert torch.Size([1, *latent.shape]) in moved and context.shape in moved
 
 
 def test_the_region_pools_cells_and_groups_of_four() -> None:
