@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -45,6 +46,8 @@ class Tracker:
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
 
+        # Its notes about making tables would stand between the lines of the run.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         uri = config.uri or f"sqlite:///{(run.parent / 'mlflow.db').resolve()}"
         try:
             client = MlflowClient(tracking_uri=uri)

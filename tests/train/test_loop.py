@@ -279,15 +279,13 @@ def test_saving_gathers_only_what_trains_and_clipping_reaches_the_router(launche
     tree = json.loads(json.dumps(outputs["c"][0]))
     tree["train"] |= {"run": str(tmp_path / "run"), "steps": 2}
     tree["optimizer"] |= {"max_grad_norm": 1e-12, "eps": 1e-6, "weight_decay": 0.0}
-    (tmp_path / "tree.json").write_text(json.dumps(tree))
-    code = """
-import json, sys, deepspeed.comm, torch
-from wanmoe.launch.config import parse_config
+    found = alone(
+        launcher,
+        tree,
+        tmp_path,
+        """
+import deepspeed.comm
 from wanmoe.train.checkpoint import gather_parameters
-from wanmoe.train.engine import init_distributed
-from wanmoe.train.loop import Trainer
-config = parse_config(json.load(open(sys.argv[1])), "test")
-trainer = Trainer(config, *init_distributed())
 before = gather_parameters(trainer.trainable)
 trainer.fit()
 after = gather_parameters(trainer.trainable)
@@ -302,17 +300,64 @@ for name in ("all_gather_into_tensor", "all_gather", "broadcast", "allgather_fn"
     setattr(deepspeed.comm, name, counted)
 trainer._save()
 print(json.dumps({"moved": moved, "gathered": gathered, "trainable": trainer._trainable_count()}))
-"""
-    ports = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launcher.free_port())}
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-    env = environment(LaunchConfig(ranks=1)) | alone | ports
-    words = [sys.executable, "-c", code, str(tmp_path / "tree.json")]
-    done = subprocess.run(words, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+""",
+    )
     # Masters and two moments of what trains, each once as input and once as output.
     assert found["gathered"] == 2 * 3 * found["trainable"]
     assert found["moved"] < 1e-6
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(launcher, stages, tmp_path):
+    """DeepSpeed drops such a step without a word; two in a row end the run here."""
+    _, outputs = stages
+    tree = json.loads(json.dumps(outputs["a"][0]))
+    tree["train"] |= {"run": str(tmp_path / "run"), "max_bad_steps": 2}
+    tree["tracking"] = {"enabled": False}
+    found = alone(
+        launcher,
+        tree,
+        tmp_path,
+        """
+from wanmoe.moe_lora import WanmoeError
+from wanmoe.train.checkpoint import gather_parameters
+before = gather_parameters(trainer.trainable)
+next(iter(trainer.trainable.values())).register_hook(lambda gradient: gradient * float("nan"))
+message = ""
+try:
+    trainer.fit()
+except WanmoeError as error:
+    message = str(error)
+after = gather_parameters(trainer.trainable)
+same = all(torch.equal(before[name], after[name]) for name in before)
+trainer._save()
+print(json.dumps({"message": message, "same": same, "step": trainer.step}))
+""",
+    )
+    assert "2 steps in a row were skipped, at last because the gradient is not finite" in found["message"]
+    assert "train_0" in found["message"]
+    assert found["same"] and found["step"] == 2
+
+
+def alone(launcher, tree, folder, script):
+    """Runs a script on a `trainer` of one rank in a process of its own; returns the JSON of its last line."""
+    (folder / "tree.json").write_text(json.dumps(tree))
+    code = (
+        "import json, sys, torch\n"
+        "from wanmoe.launch.config import parse_config\n"
+        "from wanmoe.train.engine import init_distributed\n"
+        "from wanmoe.train.loop import Trainer\n"
+        "trainer = Trainer(parse_config(json.load(open(sys.argv[1])), 'test'), *init_distributed())\n"
+    )
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launcher.free_port())}
+    done = subprocess.run(
+        [sys.executable, "-c", code + script, str(folder / "tree.json")],
+        env=environment(LaunchConfig(ranks=1)) | rank | place,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def test_a_rank_alone_says_how_to_start():
