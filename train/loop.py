@@ -27,7 +27,7 @@ from . import checkpoint
 from .batch import Batch, LabelGates, TrainBatches, check_labels
 from .config import TrainerConfig
 from .engine import RoutedDiT, agree, init_distributed, make_engine, set_lr, uses_bf16
-from .model import check_text_width, file_hashes, load_model, side_of, side_range
+from .model import check_text_width, file_hashes, load_model, local_files, side_of, side_range
 from .objective import draw_t, flow_matching_loss, noised, sample_generator
 from .shards import ShardDataset
 from .stages import STAGES, StageSpec, select_trainable, stage_name
@@ -68,7 +68,7 @@ class Trainer:
         self._load_data()
         path, state, trainer = self._find_resume()
         self.step = int(trainer.get("step", 0))
-        # Paths may differ between nodes; what lies there may not.
+        # Paths may differ between nodes; what lies there may not, as far as a quick look tells.
         paths: dict[str, Any] = {
             "model": {"dit", "adapter"},
             "data": {"shards"},
@@ -76,7 +76,7 @@ class Trainer:
             "launch": True,
         }
         settings = {"the config": config.model_dump_json(exclude=paths)}
-        agree({"the resume state": path and path.name} | settings | self._identity())
+        agree({"the resume state": path and path.name} | settings | local_files(config) | self._identity())
         self.trainable = select_trainable(self.spec, self.dit, self.adapter)
         self.frozen = self._frozen_adapter_parts()
         if state is not None:

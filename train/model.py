@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from ..moe_lora.adapter_file import has_router, read_adapter
 from ..moe_lora.files import file_sha256
 from ..moe_lora.wan.config import WanConfig
 from ..moe_lora.wan.dit import WanDiT
+from ..moe_lora.wan.weight_files import weight_files
 from ..moe_lora.wan.weights import dit_hash, load_dit
 from .config import TrainerConfig
 from .shards import ShardDataset
@@ -58,6 +60,16 @@ def file_hashes(config: TrainerConfig) -> dict[str, str]:
                 "set model.any_base = true to go on all the same"
             )
     return {"base_sha256": base, "adapter_sha256": adapter}
+
+
+def local_files(config: TrainerConfig) -> dict[str, Any]:
+    """What a rank can say quickly of its own copies: size of the base, sha256 of the adapter."""
+    model = config.model
+    size = 0 if model.dit is None else sum(file.stat().st_size for file in weight_files(model.dit))
+    return {
+        "the size of model.dit": size,
+        "model.adapter": "" if model.adapter is None else file_sha256(model.adapter),
+    }
 
 
 def check_router(config: TrainerConfig) -> None:
