@@ -32,6 +32,8 @@ from ..moe_lora.wan.weights import dit_hash, load_dit
 _log = logging.getLogger(__name__)
 
 FPS = 16
+# Pixels of a patch: the codec halves three times, every Wan DiT takes 2 x 2 of its cells.
+SPACE_STEP = 2 * SPACE_STRIDE
 TASKS = ("t2v-A14B", "i2v-A14B", "t2v-1.3B", "tiny", "t2v", "i2v")
 
 # Official (Wan2.2 wan/configs/shared_config.py).
@@ -275,16 +277,7 @@ class LoRAMoEInference:
         }
 
     def _latent_shape(self, frames: int, size: tuple[int, int]) -> tuple[int, int, int]:
-        if frames < 1 or (frames - 1) % 4:
-            near = max(0, round((frames - 1) / 4)) * 4 + 1
-            raise WanmoeError(f"num_frames {frames} must be 4n+1; nearest is {near}")
-        steps = [SPACE_STRIDE * patch for patch in self.config.patch_size[1:]]
-        near_size = [max(1, round(side / step)) * step for side, step in zip(size, steps, strict=True)]
-        if list(size) != near_size:
-            raise WanmoeError(
-                f"video_size {size[0]}x{size[1]} (height x width) must be multiples of "
-                f"{steps[0]}x{steps[1]}; nearest is {near_size[0]}x{near_size[1]}"
-            )
+        check_size(frames, size)
         return latent_shape(frames, *size)
 
     def _image_latent(self, path: PathLike | None, frames: int, size: tuple[int, int]) -> Tensor | None:
@@ -298,6 +291,36 @@ class LoRAMoEInference:
             raise WanmoeError("an i2v model needs image_path, the first frame of the clip")
         image = to_model(read_image(path, size)[None])[:, 0]
         return image_condition(self.codec, image.to(self.device), frames)
+
+
+def check_size(frames: int, size: tuple[int, int]) -> None:
+    """Raises `WanmoeError`, naming the nearest valid value, for a clip that no Wan model makes."""
+    if frames < 1 or (frames - 1) % 4:
+        near = max(0, round((frames - 1) / 4)) * 4 + 1
+        raise WanmoeError(f"num_frames {frames} must be 4n+1; nearest is {near}")
+    near_size = [max(1, round(side / SPACE_STEP)) * SPACE_STEP for side in size]
+    if list(size) != near_size:
+        raise WanmoeError(
+            f"video_size {size[0]}x{size[1]} (height x width) must be multiples of {SPACE_STEP}; "
+            f"nearest is {near_size[0]}x{near_size[1]}"
+        )
+
+
+def check_request(
+    frames: int,
+    size: tuple[int, int],
+    output: Path,
+    adapters: Sequence[Path],
+    hint: str | None,
+    mix: Mapping[str, float] | None,
+) -> None:
+    """Raises `WanmoeError` for a request that cannot be met, by its arguments and the adapter files alone."""
+    check_size(frames, size)
+    _checked_output(output)
+    if (hint or mix) and not adapters:
+        raise WanmoeError("a hint or a mix was given, but no adapter: give lora_moe_weights")
+    for path in adapters:
+        RuleRouter(read_adapter(path)[0].adapter.expert_set).route(mix=mix, hint=hint)
 
 
 def _adapter_paths(

@@ -145,7 +145,7 @@ def _curve_finding(stage: str, curve: Curve) -> Finding | None:
             f"Stage {stage}: validation loss ends at {_number(last)}",
             last,
             first,
-            f"at its start ({_number(first)})",
+            f"{'with its untrained router' if stage == 'c' else 'at its start'} ({_number(first)})",
         )
     if len(curve.train) > 1:
         window = max(1, len(curve.train) // 10)

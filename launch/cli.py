@@ -157,6 +157,9 @@ def evaluate(
     from ..moe_lora.files import write_atomic
     from ..train.evaluate import evaluate_files
 
+    if wrong_expert and adapter is None:
+        raise WanmoeError("--wrong-expert measures the experts of an adapter; give --adapter too")
+
     if out is not None and not out.absolute().parent.is_dir():
         raise WanmoeError(f"--out {out}: the folder {out.parent} does not exist; make it first")
     figures = evaluate_files(dit, shards, adapter, wrong_expert)
@@ -203,11 +206,15 @@ def generate(
     from tqdm import tqdm
 
     from ..infer import LoRAMoEInference
+    from ..infer.pipeline import check_request
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("wanmoe").setLevel(logging.INFO)
     place = chosen_device(device)
     weights = chosen_dtype(dtype, place)
+    mixture = parse_mix(mix or [])
+    # Before any weights are read: with the real model that takes minutes.
+    check_request(num_frames, video_size, output_path, lora_moe_weights or [], instrument_hint, mixture)
     adapters: list[Path | None] = [*lora_moe_weights] if lora_moe_weights else [None]
     if len(adapters) > 2:
         raise WanmoeError(
@@ -227,12 +234,16 @@ def generate(
         tokenizer_path=tokenizer,
         any_base=any_base,
     )
-    with tqdm(total=num_steps, desc="generate") as bar:
+    bar: tqdm[Any] | None = None
 
-        def progress(step: int, steps: int, side: str) -> None:
+    def progress(step: int, steps: int, side: str) -> None:
+        nonlocal bar
+        bar = bar or tqdm(total=steps, desc="generate")
+        if dit_high_noise is not None:
             bar.set_postfix_str(f"{side} noise")
-            bar.update(step - bar.n)
+        bar.update(step - bar.n)
 
+    try:
         pipeline.generate(
             prompt,
             instrument_hint,
@@ -244,11 +255,14 @@ def generate(
             flow_shift,
             seed,
             output_path,
-            mix=parse_mix(mix or []),
+            mix=mixture,
             solver=solver,
             negative_prompt=negative_prompt,
             progress=progress,
         )
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 @app.command()

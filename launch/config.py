@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from ..moe_lora import AdapterConfig, ExpertSet, WanmoeError
+from ..moe_lora import AdapterConfig, Expert, ExpertSet, WanmoeError
 from ..train.config import Section, TrainerConfig
 
 if sys.version_info >= (3, 11):
@@ -34,7 +34,8 @@ class LaunchConfig(Section):
     """Start only this node's processes; run the command on every node with its own node_rank."""
     node_rank: int = Field(0, ge=0)
     master_addr: str = "127.0.0.1"
-    master_port: int = Field(29500, ge=1, le=65535)
+    master_port: int | None = Field(None, ge=1, le=65535)
+    """Default: a free port on one machine, 29500 with a hostfile."""
     include: str | None = None
     """DeepSpeed's --include, e.g. "host1:0,1@host2"."""
 
@@ -136,6 +137,32 @@ def valid_keys() -> list[str]:
         if isinstance(model, type) and issubclass(model, BaseModel):
             keys += [f"{section}.{key}" for key in model.model_fields]
     return keys
+
+
+def reference() -> str:
+    """Every key of a config with its default and meaning, as the Markdown page docs/config.md."""
+    lines = ["# Config reference", "", "Written from the schema by `wanmoe.launch.config.reference`.", ""]
+    for section, field in Config.model_fields.items():
+        model = field.annotation
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            continue
+        lines += [f"## {section}", "", "| key | default | meaning |", "|---|---|---|"]
+        for key, value in model.model_fields.items():
+            default = (
+                "needed" if value.is_required() else _short(value.get_default(call_default_factory=True))
+            )
+            meaning = " ".join((value.description or "").split()).replace("|", "\\|")
+            lines.append(f"| `{key}` | {default} | {meaning} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, tuple) and value and isinstance(value[0], Expert):
+        return ", ".join(expert.name for expert in value)
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

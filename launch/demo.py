@@ -8,7 +8,6 @@ weights are used, so the base is trained here first, on scenes without instrumen
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import shutil
 import time
@@ -31,6 +30,7 @@ from ..train import ShardDataset
 from ..train.batch import main_instrument
 from ..train.clips import Clip, clips_from_folder, instrument_names, read_clip_list
 from ..train.evaluate import evaluate_files, held_out_gates
+from ..train.prepare import label as label_of
 from ..train.prepare import prepare
 from ..train.synth import synth_clips
 from ..train.tracking import read_metrics
@@ -41,11 +41,12 @@ MARKER = ".wanmoe-demo"
 RESULTS = "demo.json"
 STAGES = ("pretrain", "a", "b", "c")
 STAND_INS = [
-    "The base model is the `tiny` preset (2 million parameters), trained here on drawn scenes without "
-    "instruments; Wan2.2 A14B takes its place with the same commands.",
-    "The video codec `haar` is a fixed wavelet that keeps 16 of 768 bands: it stands in for Wan's VAE, and "
+    "The base model is the tiny preset (2 million parameters), trained here on drawn scenes without "
+    "instruments; Wan2.2 A14B takes its place with the same commands. A model of this size does not learn to "
+    "draw an instrument in minutes: its videos show colours and textures, no more.",
+    "The video codec haar is a fixed wavelet that keeps 16 of 768 bands: it stands in for Wan's VAE, and "
     "its blocks are visible.",
-    "The text encoder `hash` gives every word a fixed random vector: it stands in for umT5.",
+    "The text encoder hash gives every word a fixed random vector: it stands in for umT5.",
 ]
 
 
@@ -121,6 +122,7 @@ def make_data(
         given, fps, stride = read_clip_list(path), None, None
     else:
         experts = experts_of(given)
+        given = labelled(given, experts)
         # A few real clips: every window counts, so they overlap within a split.
         fps, stride = None, max(recipe.frames // 4, 1)
     codec, text = load_vae("haar"), load_text_encoder("hash", dim=64, max_length=32)
@@ -138,6 +140,19 @@ def make_data(
     say("encoding clips")
     prepare(given, shards["clips"], fps=fps, window_stride=stride, val_fraction=0.25, **common)
     return experts, shards
+
+
+def labelled(clips: list[Clip], experts: ExpertSet) -> list[Clip]:
+    """The clips that a stage which routes by label can use; says which ones are left out."""
+    kept = [clip for clip in clips if label_of(clip, experts)]
+    for clip in clips:
+        if clip not in kept:
+            say(f"left out {clip.origin}: no instrument label, and no keyword of an expert in its caption")
+    if not kept:
+        raise WanmoeError(
+            f"none of the {len(clips)} clips has an instrument label or a keyword in its caption"
+        )
+    return kept
 
 
 def experts_of(clips: list[Clip]) -> ExpertSet:
@@ -344,7 +359,7 @@ def print_results(results: DemoResults, report: Path) -> None:
     """The figures of the report, on the terminal."""
     for finding in findings(results):
         say(f"[{finding.verdict}] {finding.text}")
-    say(json.dumps({name: round(loss, 4) for name, loss in results.validation.items()}))
+    say("held-out loss: " + ", ".join(f"{name} {loss:.4f}" for name, loss in results.validation.items()))
     say(f"report: {report}")
 
 

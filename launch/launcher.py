@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ def command(config: LaunchConfig, arguments: Sequence[str]) -> list[str]:
     deepspeed = shutil.which("deepspeed", path=os.path.dirname(sys.executable)) or shutil.which("deepspeed")
     if deepspeed is None:
         raise WanmoeError("the deepspeed command is not installed; run: pip install 'deepspeed>=0.19.8'")
-    words = [sys.executable, deepspeed, "--log_level", "error", "--master_port", str(config.master_port)]
+    words = [sys.executable, deepspeed, "--log_level", "error", "--master_port", str(master_port(config))]
     if config.hostfile is not None:
         if not config.hostfile.is_file():
             raise WanmoeError(f"{config.hostfile}: no such hostfile; it holds lines like `host1 slots=8`")
@@ -76,6 +77,15 @@ def command(config: LaunchConfig, arguments: Sequence[str]) -> list[str]:
         # Without this DeepSpeed would read /job/hostfile if the machine has one.
         words += ["--hostfile", os.devnull, "--num_gpus", str(local_ranks(config))]
     return [*words, "--module", "wanmoe.launch", *arguments]
+
+
+def master_port(config: LaunchConfig) -> int:
+    """The port where the ranks meet: as configured, else one that is free now; nodes need a fixed one."""
+    if config.master_port or config.hostfile:
+        return config.master_port or 29500
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def local_ranks(config: LaunchConfig) -> int:

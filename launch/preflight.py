@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..moe_lora import WanmoeError
-from ..moe_lora.adapter_file import read_adapter
+from ..moe_lora.adapter_file import is_adapter, read_adapter
 from ..train import ShardDataset
 from ..train.batch import LabelGates, check_labels
 from ..train.engine import check_versions
@@ -18,6 +18,8 @@ def preflight(config: Config) -> None:
     stage, model = config.train.stage, config.model
     if model.dit is not None and not model.dit.exists():
         raise WanmoeError(f"model.dit: {model.dit} does not exist")
+    if model.dit is not None and is_adapter(model.dit):
+        raise WanmoeError(f"model.dit: {model.dit} is an adapter; it goes under model.adapter")
     if stage == "pretrain" and model.adapter is not None:
         raise WanmoeError("model.adapter: stage pretrain trains the base and takes no adapter")
     if stage != "pretrain" and model.dit is None:
@@ -37,8 +39,10 @@ def preflight(config: Config) -> None:
     spec = STAGES[stage_name(config)]
     for split in ("train", "val"):
         dataset = ShardDataset(config.data.shards, split)
-        if spec.routing in ("labels", "router"):
-            check_labels(dataset, LabelGates(experts.expert_set, config.router, needed=True))
+        if stage != "pretrain":
+            # Stage a needs no labels, but the experts of its file must be those that the labels speak of.
+            gates = LabelGates(experts.expert_set, config.router, needed=True)
+            check_labels(dataset, gates, every=spec.routing in ("labels", "router"))
         if "router" not in spec.trains and config.data.caption_dropout and dataset.null_context is None:
             raise WanmoeError(
                 f"{config.data.shards}: prepared without the encoding of an empty caption; prepare the clips "

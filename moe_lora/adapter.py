@@ -32,7 +32,7 @@ PARTS: tuple[Part, ...] = ("base", "experts", "router")
 class AdapterConfig(BaseModel):
     """Section `adapter`: the experts, their ranks, and the linears that carry them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(use_attribute_docstrings=True, extra="forbid", frozen=True)
 
     experts: tuple[Expert, ...] = SURGICAL
     """In the order of the gate columns."""

@@ -153,6 +153,15 @@ def load_adapter(
     return adapter
 
 
+def is_adapter(path: str | Path) -> bool:
+    """Whether a file says that it is an adapter of ours; False for whatever cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
+
+
 def has_router(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the tensors of an adapter file include a learned router."""
     return any(name.startswith("router.") for name in tensors)

@@ -45,7 +45,7 @@ class Gates(NamedTuple):
 class RouterConfig(BaseModel):
     """Section `router`: how expert gates are made."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(use_attribute_docstrings=True, extra="forbid", frozen=True)
 
     mode: Literal["rule", "learned"] = "rule"
     """rule: labels, hints, mixes and keywords; learned: a small network on the pooled text embedding."""

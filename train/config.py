@@ -16,7 +16,7 @@ Stage = Literal["pretrain", "a", "b", "c"]
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are validated."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(use_attribute_docstrings=True, extra="forbid")
 
 
 class ModelConfig(Section):

@@ -34,6 +34,15 @@ from .stages import STAGES, StageSpec, select_trainable, stage_name
 from .tracking import Tracker
 from .validate import held_out_losses, levels_within
 
+# Settings that change what is learned: a resume with others is another run.
+LEARNING: dict[str, Any] = {
+    "adapter": True,
+    "router": True,
+    "objective": True,
+    "optimizer": True,
+    "data": {"balanced", "caption_dropout"},
+    "train": {"train_router", "precision"},
+}
 CHOOSE = "choose another train.run or set train.resume = false"
 
 
@@ -163,6 +172,7 @@ class Trainer:
             "data": self.batches.dataset.fingerprint,
             "global_batch": self.batches.global_batch,
             **self.hashes,
+            **flatten(self.config.model_dump(mode="json", include=LEARNING)),
         }
 
     def _frozen_adapter_parts(self) -> dict[str, Tensor]:
@@ -211,6 +221,7 @@ class Trainer:
             self._validate()
         if self.step == config.steps:
             # Nothing is left to train, but a run that was killed between its last two writes lacks a file.
+            self._say(f"{self.run} is complete: {self.step} steps are done")
             self._save()
         batches = self.batches(self.step, config.steps)
         bar = tqdm(
@@ -401,6 +412,7 @@ class Trainer:
         state = checkpoint.gather_state(self.trainable)
         if self.rank == 0:
             self._write(state)
+            self._say(f"step {self.step}: wrote {self.output}")
         dist.barrier()
 
     def _write(self, state: dict[str, Tensor]) -> None:

@@ -182,7 +182,9 @@ def label(clip: Clip, experts: ExpertSet) -> Instruments:
             try:
                 name = experts.names[experts.index(given)]
             except WanmoeError as error:
-                raise WanmoeError(f"{clip.origin}: {error}") from error
+                raise WanmoeError(
+                    f"{clip.origin}: {error}; your own experts are given by --experts CONFIG"
+                ) from error
             weights[name] = weights.get(name, 0.0) + weight
         return tuple(weights.items())
     if clip.instrument_label is not None:

@@ -137,6 +137,11 @@ TRAIN_FAULTS = {
         ["--train.stage", "b", "--model.adapter", "{work}/base.safetensors"],
         ("base.safetensors", "not a wanmoe adapter"),
     ),
+    "adapter as base": (["--model.dit", "{work}/adapter.safetensors"], ("is an adapter", "model.adapter")),
+    "labels of other experts": (
+        ["--adapter.experts", '[{{name = "milk"}}]'],
+        ("unknown expert", "milk", "adapter.experts"),
+    ),
     "no shards": (["--data.shards", "nowhere"], ("nowhere", "wanmoe prepare")),
 }
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from wanmoe.launch import config as module
-from wanmoe.launch.config import check_key, load_config, load_experts, valid_keys
+from wanmoe.launch.config import check_key, load_config, load_experts, reference, valid_keys
 from wanmoe.moe_lora import WanmoeError
 
 GOOD = """
@@ -109,6 +109,11 @@ def test_wrong_overrides(path, words, message):
 def test_presets_are_valid(preset):
     config = load_config(preset)
     assert config.train.stage == preset.stem[-1]
+
+
+def test_the_reference_in_the_docs_is_that_of_the_schema():
+    page = Path(__file__).resolve().parents[2] / "docs" / "config.md"
+    assert page.read_text(encoding="utf-8") == reference()
 
 
 def test_every_key_is_accepted_on_the_command_line():

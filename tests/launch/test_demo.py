@@ -58,6 +58,20 @@ def test_a_folder_of_videos_makes_an_expert_per_file_name(tmp_path):
     )
 
 
+def test_clips_that_nothing_is_known_of_are_left_out_before_anything_is_trained(tmp_path, capsys):
+    rows = [
+        {"video_path": "a.mp4", "caption": "the hook cuts"},
+        {"video_path": "b.mp4", "caption": "a view of the gallbladder"},
+    ]
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    clips = demo.clips_from_folder(tmp_path)
+    kept = demo.labelled(clips, demo.experts_of(clips))
+    assert [clip.caption for clip in kept] == ["the hook cuts"]
+    assert "clips.jsonl:2: no instrument label" in capsys.readouterr().out
+    with pytest.raises(WanmoeError, match="none of the 1 clips has an instrument label"):
+        demo.labelled(clips[1:], demo.experts_of(clips))
+
+
 def test_a_folder_without_videos_is_refused_before_anything_is_made(tmp_path):
     with pytest.raises(WanmoeError, match="no video"):
         demo.run_demo(tmp_path / "demo", tmp_path, ranks=1, seed=0, recipe=SMALL)

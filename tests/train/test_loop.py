@@ -239,7 +239,7 @@ def test_a_finished_run_whose_file_is_gone_writes_it_again(launcher, stages, tmp
     assert all(torch.equal(again[name], before[name]) for name in before)
 
 
-def test_a_resume_on_another_start_file_is_refused(launcher, stages, tmp_path):
+def test_a_resume_on_another_start_file_or_with_another_rate_is_refused(launcher, stages, tmp_path):
     root, outputs = stages
     shutil.copytree(root / "b", tmp_path / "b")
     tree = json.loads(json.dumps(outputs["b"][0]))
@@ -248,6 +248,11 @@ def test_a_resume_on_another_start_file_is_refused(launcher, stages, tmp_path):
     process = launcher.start(tree, tmp_path / "b.toml")
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0 and "belongs to another run (adapter_sha256" in output
+    tree["model"]["adapter"] = str(root / "a" / "adapter.safetensors")
+    tree["optimizer"]["lr"] = 0.5
+    process = launcher.start(tree, tmp_path / "b.toml")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and "(optimizer.lr was 0.01, is 0.5)" in output
 
 
 def test_nodes_that_do_not_share_the_run_folder_are_told_so(launcher, stages, tmp_path):
