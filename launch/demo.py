@@ -40,6 +40,7 @@ from .launcher import launch
 MARKER = ".wanmoe-demo"
 RESULTS = "demo.json"
 STAGES = ("pretrain", "a", "b", "c")
+MOMENTS = "; a lower loss there may show the scene or the person as much as the label"
 STAND_INS = [
     "The base model is the tiny preset (2 million parameters), trained here on drawn scenes without "
     "instruments; Wan2.2 A14B takes its place with the same commands. A model of this size does not learn to "
@@ -260,7 +261,10 @@ def measure(out: Path, experts: ExpertSet, shards: Path, recipe: Recipe, seed: i
         rule_gates=gates["rule"],
         videos={label: str(path) for label, path in videos.items()},
         real_videos={label: str(path) for label, path in real.items()},
-        notes=list(held_out.manifest.get("notes", [])),
+        notes=[
+            note + (MOMENTS if note.startswith("held-out moments") else "")
+            for note in held_out.manifest.get("notes", [])
+        ],
     )
 
 
