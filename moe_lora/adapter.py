@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from ..kernels.lora_moe import lora_moe_linear
+from ..kernels.lora_moe import LoRAMoEWeights, lora_moe_linears
 from .errors import WanmoeError
 from .instruments import SURGICAL, Expert, ExpertSet
 from .routing import Gates, LearnedRouter, RouterConfig, band
@@ -130,20 +130,20 @@ class LoRAMoELinear(nn.Module):
         """[..., d_in] -> [..., d_out]; without gates the frozen linear alone."""
         if gates is None:
             return F.linear(x, self.weight, self.bias)
+        return lora_moe_linears(x, [self.adapted()], gates.base, gates.experts, gates.tokens_per_row)[0]
+
+    def adapted(self) -> LoRAMoEWeights:
+        """The linear as the op takes it, ranks dropped where that is configured."""
         base_up, expert_up = self._drop(self.base_up, self.expert_up)
-        return lora_moe_linear(
-            x,
+        return LoRAMoEWeights(
             self.weight,
             self.bias,
             self.base_down,
             base_up,
             self.expert_down,
             expert_up,
-            gates.base,
-            gates.experts,
-            gates.tokens_per_row,
-            scale_base=self.scale,
-            scale_expert=self.scale,
+            self.scale,
+            self.scale,
         )
 
     def _drop(self, *ups: Tensor) -> tuple[Tensor, ...]:

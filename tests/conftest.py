@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Read when Triton is first imported: the kernels then run in its interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 
 

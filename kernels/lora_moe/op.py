@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
-from .packed import lora_moe_linear_packed
+from . import autograd  # noqa: F401  registers the ops
 from .reference import lora_moe_linear_reference
+from .weights import LoRAMoEWeights
 
-BACKENDS = {"packed": lora_moe_linear_packed, "reference": lora_moe_linear_reference}
+_log = logging.getLogger(__name__)
+
+BACKENDS = ("packed", "triton", "reference")
 
 
 def lora_moe_linear(
@@ -35,49 +43,106 @@ def lora_moe_linear(
             gate row each.
         weight, bias: [d_out, d_in], [d_out] or None, in the dtype of x; frozen or not.
         base_down, base_up: [r_b, d_in], [d_out, r_b], floating like the experts and the gates.
-        expert_down, expert_up: [E, r, d_in], [E, d_out, r].
+        expert_down, expert_up: [E, r, d_in], [E, d_out, r], E of 1 or more.
         base_gates, expert_gates: [G], [G, E]; differentiable.
         scale_base, scale_expert: alpha / rank of each part.
-        backend: "auto" (packed), "packed" or "reference".
+        backend: "auto" (triton on CUDA, packed elsewhere), "packed" (library matrix products), "triton" (the
+            form that the stored table names for this card and shape; on the CPU in Triton's interpreter) or
+            "reference".
 
     Returns: [..., d_out] in the dtype of x.
 
     Raises: ValueError with the offending shape, dtype, device or backend.
     """
-    _check(
-        x, weight, bias, base_down, base_up, expert_down, expert_up, base_gates, expert_gates, tokens_per_row
+    linear = LoRAMoEWeights(
+        weight, bias, base_down, base_up, expert_down, expert_up, scale_base, scale_expert
     )
-    name = "packed" if backend == "auto" else backend
-    if name not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; choose from auto, {', '.join(BACKENDS)}")
-    return BACKENDS[name](
-        x,
-        weight,
-        bias,
-        base_down,
-        base_up,
-        expert_down,
-        expert_up,
-        base_gates,
-        expert_gates,
+    (y,) = lora_moe_linears(x, [linear], base_gates, expert_gates, tokens_per_row, backend=backend)
+    return y
+
+
+def lora_moe_linears(
+    x: Tensor,
+    linears: Sequence[LoRAMoEWeights],
+    base_gates: Tensor,
+    expert_gates: Tensor,
+    tokens_per_row: int,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """`lora_moe_linear` for linears that read the same x: q, k and v, or k and v of cross-attention.
+
+    One shrink serves all of them, and in the backward one pass over x and one accumulated dx.
+
+    Returns: [..., d_out] of each linear. Raises: ValueError as `lora_moe_linear`.
+    """
+    if not linears:
+        raise ValueError("linears is empty; give at least one")
+    for linear in linears:
+        _check(x, linear, base_gates, expert_gates, tokens_per_row)
+    if linears[0].expert_down.shape[0] < 1:
+        raise ValueError("expert_down holds no expert; give at least one")
+    name = _backend(backend, x)
+    if name == "reference":
+        return tuple(
+            lora_moe_linear_reference(
+                x,
+                *linear[:6],
+                base_gates,
+                expert_gates,
+                tokens_per_row,
+                scale_base=linear.scale_base,
+                scale_expert=linear.scale_expert,
+            )
+            for linear in linears
+        )
+    adapters = [list(part) for part in zip(*linears, strict=True)]
+    gates = [base_gates, expert_gates]
+    trained = [x, *gates, *(tensor for part in adapters[:6] for tensor in part if tensor is not None)]
+    biases = [x.new_empty(0) if bias is None else bias for bias in adapters[1]]
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    out = torch.ops.wanmoe.lora_moe(
+        tokens,
+        adapters[0],
+        biases,
+        *adapters[2:6],
+        *gates,
         tokens_per_row,
-        scale_base=scale_base,
-        scale_expert=scale_expert,
+        adapters[6],
+        adapters[7],
+        name,
+        save,
     )
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in out[: len(linears)])
+
+
+def _backend(asked: str, x: Tensor) -> str:
+    if asked != "auto":
+        if asked not in BACKENDS:
+            raise ValueError(f"backend {asked!r} is unknown; choose from auto, {', '.join(BACKENDS)}")
+        if asked == "triton" and not _has_triton():
+            raise ValueError("backend 'triton' needs the package triton: pip install triton")
+        return asked
+    return "triton" if x.is_cuda and _has_triton() else "packed"
+
+
+@cache
+def _has_triton() -> bool:
+    found = find_spec("triton") is not None
+    if not found and torch.cuda.is_available():
+        _log.warning("triton is not installed: adapters run as library matrix products; pip install triton")
+    return found
 
 
 def _check(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    base_down: Tensor,
-    base_up: Tensor,
-    expert_down: Tensor,
-    expert_up: Tensor,
+    linear: LoRAMoEWeights,
     base_gates: Tensor,
     expert_gates: Tensor,
     tokens_per_row: int,
 ) -> None:
+    weight, bias, base_down, base_up, expert_down, expert_up = linear[:6]
     if weight.dim() != 2 or expert_down.dim() != 3 or base_down.dim() != 2 or expert_gates.dim() != 2:
         raise ValueError(
             f"weight {tuple(weight.shape)}, base_down {tuple(base_down.shape)}, "

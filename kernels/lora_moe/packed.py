@@ -1,5 +1,8 @@
-"""All experts in two matrix products: one shrink to the packed rank, gates, one expand onto the base
-product."""
+"""The op by library matrix products: one shrink to the packed rank, gates, one expand onto the base product.
+
+Runs on every device and is what CUDA falls back to where no measured form is better.
+Letters: N tokens, G gate rows, R packed rank of one linear, W packed width of the group.
+"""
 
 from __future__ import annotations
 
@@ -7,40 +10,92 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .weights import Layout, Packed
 
-def lora_moe_linear_packed(
+# With the gates folded into `up`, the gate gradient needs no pass over the tokens, but each gate row keeps
+# its own [d_out, R] product. Gates per clip are few rows; gates per latent frame are many.
+_FOLDED_ROWS = 8
+
+
+def folds(rows: int, want_gates: bool, want_adapter: bool) -> bool:
+    """Whether the backward folds the gates into `up`: d_gate = sum(up * d_up'), d_up = d_up' * gate."""
+    return want_gates and want_adapter and rows <= _FOLDED_ROWS
+
+
+def forward(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    base_down: Tensor,
-    base_up: Tensor,
-    expert_down: Tensor,
-    expert_up: Tensor,
-    base_gates: Tensor,
-    expert_gates: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    packed: Packed,
+    columns: Layout,
+    tokens_per_row: int,
+) -> tuple[list[Tensor], Tensor]:
+    """x [N, d_in] -> y of each linear [N, d_out], and h = x down^T [N, W] for the backward."""
+    h = x @ packed.down.t()
+    u = gated(h, packed.gates, tokens_per_row)
+    ys = []
+    for j, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        # In place: y is fresh, and nothing keeps it.
+        ys.append(F.linear(x, weight, bias).addmm_(u[:, columns.columns(j)], packed.ups[j].t()))
+    return ys, h
+
+
+def gated(h: Tensor, gates: Tensor, tokens_per_row: int) -> Tensor:
+    """h [N, R] x gates [G, R] of each token's row: multiplied in the dtype of the gates, rounded to that of
+    h."""
+    rows = h.view(gates.shape[0], tokens_per_row, -1)
+    return (rows * gates[:, None]).to(h.dtype).flatten(0, 1)
+
+
+def up_backward(
+    dy: Tensor,
+    up: Tensor,
+    h: Tensor,
+    gates: Tensor,
     tokens_per_row: int,
     *,
-    scale_base: float,
-    scale_expert: float,
-) -> Tensor:
-    """As `lora_moe_linear_reference`; cost does not depend on the gates, and no gate is read by the host."""
-    experts, rank, _ = expert_down.shape
-    rows = expert_gates.shape[0]
-    tokens = x.reshape(-1, x.shape[-1])
-    down = torch.cat([base_down, expert_down.flatten(0, 1)]).to(x.dtype)
-    up = torch.cat([base_up, expert_up.transpose(0, 1).flatten(1)], dim=1).to(x.dtype)
-    # Gates are applied in fp32 (fp64 for fp64 inputs), whatever the dtype of x.
-    wide = torch.promote_types(x.dtype, torch.float32)
-    gates = torch.cat(
-        [
-            (scale_base * base_gates.to(wide))[:, None].expand(rows, base_down.shape[0]),
-            (scale_expert * expert_gates.to(wide))[:, :, None].expand(rows, experts, rank).flatten(1),
-        ],
-        dim=1,
-    )
-    h = (tokens @ down.t()).view(rows, tokens_per_row, -1)
-    h = (h * gates[:, None]).to(x.dtype)
-    y = F.linear(tokens, weight, bias)
-    # In place: y is fresh here and the backward of a linear does not need its output.
-    y = y.addmm_(h.flatten(0, 1), up.t())
-    return y.view(*x.shape[:-1], weight.shape[0])
+    want_gates: bool,
+    want_adapter: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Backward of the gated expand of one linear.
+
+    dy [N, d_out], up [d_out, R], h [N, R], gates [G, R] -> dh [N, R], d_up [d_out, R] wide, d_gates [G, R].
+    """
+    rows = gates.shape[0]
+    du = dy @ up
+    d_up = d_gates = None
+    if folds(rows, want_gates, want_adapter):
+        by_row = dy.view(rows, tokens_per_row, -1).transpose(1, 2)
+        unscaled = wide_matmul(by_row, h.reshape(rows, tokens_per_row, -1))
+        d_up = (unscaled * gates[:, None]).sum(0)
+        d_gates = (unscaled * up).sum(1)
+    else:
+        if want_adapter:
+            d_up = wide_matmul(dy.t(), gated(h, gates, tokens_per_row))
+        if want_gates:
+            d_gates = (du.to(gates.dtype) * h).view(rows, tokens_per_row, -1).sum(1)
+    return gated(du, gates, tokens_per_row), d_up, d_gates
+
+
+def down_backward(dh: Tensor, x: Tensor) -> Tensor:
+    """dh [N, W], x [N, d_in] -> d_down [W, d_in], wide."""
+    return wide_matmul(dh.t(), x)
+
+
+def input_backward(dys: list[Tensor], weights: list[Tensor], dh: Tensor, down: Tensor) -> Tensor:
+    """dx = dh down + sum_j dy_j W_j in one buffer: the low-rank part first, so that it is written only."""
+    dx = dh @ down
+    for dy, weight in zip(dys, weights, strict=True):
+        dx.addmm_(dy, weight)
+    return dx
+
+
+def wide_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a b, accumulated and returned in fp32 (fp64 for fp64)."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    if a.dtype == wide:
+        return a @ b
+    if a.is_cuda:
+        product = torch.mm if a.dim() == 2 else torch.bmm
+        return product(a, b, out_dtype=wide)
+    return a.to(wide) @ b.to(wide)

@@ -6,11 +6,14 @@ Letters: B clips, L video tokens, Lc text tokens, D width, N heads, K head width
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.attention import attention
+from ...kernels.lora_moe import LoRAMoEWeights, lora_moe_linears
 from ..routing import Gates
 from .config import WanConfig
 from .rope import apply_rope
@@ -32,6 +35,23 @@ class WanLinear(nn.Linear):
     def forward(self, x: Tensor, gates: Gates | None = None) -> Tensor:
         """x [..., d_in] in the dtype of the weight; gates are not used."""
         return F.linear(x, self.weight, self.bias)
+
+    def adapted(self) -> LoRAMoEWeights | None:
+        """What an adapted linear hands to the op that it shares with its neighbours; none here."""
+        return None
+
+
+def project(x: Tensor, linears: Sequence[WanLinear], gates: Gates | None) -> tuple[Tensor, ...]:
+    """x through linears that all read it: in one op when all are adapted, one after the other otherwise.
+
+    The op reads the weights of child modules, which under ZeRO-3 are there because the block is gathered as a
+    whole (`set_z3_leaf_modules`).
+    """
+    adapted = [linear.adapted() for linear in linears] if gates is not None else []
+    weights = [each for each in adapted if each is not None]
+    if gates is None or len(weights) < len(linears):
+        return tuple(linear(x, gates) for linear in linears)
+    return lora_moe_linears(x, weights, gates.base, gates.experts, gates.tokens_per_row)
 
 
 class WideLinear(nn.Linear):
@@ -95,10 +115,10 @@ class SelfAttention(_Attention):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gates: Gates | None) -> Tensor:
         """x [B, L, D], cos and sin [L, P] -> [B, L, D]."""
-        q = apply_rope(self._heads(self.norm_q(self.q(x, gates))), cos, sin)
-        k = apply_rope(self._heads(self.norm_k(self.k(x, gates))), cos, sin)
-        v = self._heads(self.v(x, gates))
-        out: Tensor = self.o(attention(q, k, v).flatten(2), gates)
+        q, k, v = project(x, (self.q, self.k, self.v), gates)
+        q = apply_rope(self._heads(self.norm_q(q)), cos, sin)
+        k = apply_rope(self._heads(self.norm_k(k)), cos, sin)
+        out: Tensor = self.o(attention(q, k, self._heads(v)).flatten(2), gates)
         return out
 
 
@@ -108,9 +128,9 @@ class CrossAttention(_Attention):
     def forward(self, x: Tensor, context: Tensor, gates: Gates | None, context_gates: Gates | None) -> Tensor:
         """x [B, L, D], context [B, Lc, D] -> [B, L, D]; k and v see text tokens and take their gates."""
         q = self._heads(self.norm_q(self.q(x, gates)))
-        k = self._heads(self.norm_k(self.k(context, context_gates)))
-        v = self._heads(self.v(context, context_gates))
-        out: Tensor = self.o(attention(q, k, v).flatten(2), gates)
+        k, v = project(context, (self.k, self.v), context_gates)
+        k = self._heads(self.norm_k(k))
+        out: Tensor = self.o(attention(q, k, self._heads(v)).flatten(2), gates)
         return out
 
 
