@@ -27,12 +27,12 @@ class Case:
         frozen=False,
         seed=0,
     ):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         wide = torch.promote_types(dtype, torch.float32)
 
         def draw(*shape, kind=dtype, scale=1.0, grad=True):
-            values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-            return values.to(device, kind).requires_grad_(grad)
+            values = torch.randn(shape, generator=generator, device=device, dtype=torch.float64)
+            return (values * scale).to(kind).requires_grad_(grad)
 
         self.tokens_per_row = per_row
         self.x = draw(rows, per_row, d_in)
