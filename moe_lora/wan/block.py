@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ...kernels.attention import attention
 from ...kernels.lora_moe import LoRAMoEWeights, lora_moe_linears
+from ...kernels.norms import adaln, gated_residual, residual_adaln, residual_layer_norm, rms_norm_rope
 from ..routing import Gates
 from .config import WanConfig
-from .rope import apply_rope
 
 __all__ = ["WanBlock", "WanLinear", "WideLinear", "wide"]
 
@@ -67,29 +67,17 @@ class WideLinear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the full width, before the heads are split."""
+    """Root-mean-square norm over the full width, before the heads are split, and their rotary positions."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
+        self.num_heads = num_heads
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D], normalised wide, scaled in its own dtype."""
-        y = wide(x)
-        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (y.to(x.dtype) * self.weight).to(x.dtype)
-
-
-class WideLayerNorm(nn.LayerNorm):
-    """Layer norm computed wide and left wide."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] of any dtype to [..., D], wide."""
-        x = wide(x)
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+    def forward(self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+        """x [B, L, D], cos and sin [L, P] or none -> [B, L, D] in its own dtype."""
+        return rms_norm_rope(x, self.weight, cos, sin, self.num_heads, self.eps)
 
 
 class _Attention(nn.Module):
@@ -103,8 +91,8 @@ class _Attention(nn.Module):
         self.k = WanLinear(dim, dim)
         self.v = WanLinear(dim, dim)
         self.o = WanLinear(dim, dim)
-        self.norm_q = RMSNorm(dim, config.eps)
-        self.norm_k = RMSNorm(dim, config.eps)
+        self.norm_q = RMSNorm(dim, config.num_heads, config.eps)
+        self.norm_k = RMSNorm(dim, config.num_heads, config.eps)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
@@ -116,8 +104,7 @@ class SelfAttention(_Attention):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gates: Gates | None) -> Tensor:
         """x [B, L, D], cos and sin [L, P] -> [B, L, D]."""
         q, k, v = project(x, (self.q, self.k, self.v), gates)
-        q = apply_rope(self._heads(self.norm_q(q)), cos, sin)
-        k = apply_rope(self._heads(self.norm_k(k)), cos, sin)
+        q, k = self._heads(self.norm_q(q, cos, sin)), self._heads(self.norm_k(k, cos, sin))
         out: Tensor = self.o(attention(q, k, self._heads(v)).flatten(2), gates)
         return out
 
@@ -159,12 +146,11 @@ class WanBlock(nn.Module):
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
-        dim, eps = config.dim, config.eps
-        self.norm1 = WideLayerNorm(dim, eps, elementwise_affine=False)
+        dim = config.dim
+        self.eps = config.eps
         self.self_attn = SelfAttention(config)
-        self.norm3 = WideLayerNorm(dim, eps)
+        self.norm3 = nn.LayerNorm(dim, config.eps)
         self.cross_attn = CrossAttention(config)
-        self.norm2 = WideLayerNorm(dim, eps, elementwise_affine=False)
         self.ffn = FeedForward(config)
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
@@ -186,9 +172,8 @@ class WanBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             (wide(self.modulation) + e0).unsqueeze(2).unbind(dim=1)  # each [B, 1, D]
         )
-        h = (self.norm1(x) * (1 + scale1) + shift1).to(dtype)
-        x = (wide(x) + self.self_attn(h, cos, sin, gates) * gate1).to(x.dtype)
-        h = self.norm3(x).to(dtype)
-        x = (wide(x) + self.cross_attn(h, context, gates, context_gates)).to(x.dtype)
-        h = (self.norm2(x) * (1 + scale2) + shift2).to(dtype)
-        return (wide(x) + self.ffn(h, gates) * gate2).to(x.dtype)
+        h = self.self_attn(adaln(x, scale1, shift1, self.eps, dtype), cos, sin, gates)
+        x, h = residual_layer_norm(x, h, gate1, self.norm3.weight, self.norm3.bias, self.eps, dtype)
+        h = self.cross_attn(h, context, gates, context_gates)
+        x, h = residual_adaln(x, h, None, scale2, shift2, self.eps, dtype)
+        return gated_residual(x, self.ffn(h, gates), gate2)

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...kernels.norms import adaln
 from ..errors import WanmoeError
 from ..routing import Gates
-from .block import WanBlock, WideLayerNorm, WideLinear, wide
+from .block import WanBlock, WideLinear, wide
 from .config import WanConfig
 from .rope import rope_tables
 
@@ -74,14 +75,14 @@ class Head(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         dim = config.dim
-        self.norm = WideLayerNorm(dim, config.eps, elementwise_affine=False)
+        self.eps = config.eps
         self.head = WideLinear(dim, config.out_dim * math.prod(config.patch_size))
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         """x [B, L, D], e [B, D] -> [B, L, out_dim * patch volume], wide."""
         shift, scale = (wide(self.modulation) + e.unsqueeze(1)).unsqueeze(2).unbind(dim=1)
-        out: Tensor = self.head(self.norm(x) * (1 + scale) + shift)
+        out: Tensor = self.head(adaln(x, scale, shift, self.eps, scale.dtype))
         return out
 
 

@@ -1,6 +1,6 @@
 """Rotary embedding over the (frame, row, column) grid of video tokens, as in Wan.
 
-Letters: B clips, L tokens, N heads, K head width, P = K / 2 rotated pairs.
+Letters: B clips, L tokens, K head width, P = K / 2 rotated pairs.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["apply_rope", "rope_tables"]
+__all__ = ["rope_tables"]
 
 _THETA = 10000.0
 
@@ -32,13 +32,3 @@ def rope_tables(
         angles.append(torch.outer(positions, _THETA**-exponents).view(shape).expand(*grid, count))
     angle = torch.cat(angles, dim=-1).flatten(0, 2)
     return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the interleaved pairs (2i, 2i + 1) of x [B, L, N, K] by the angles in cos and sin [L, P].
-
-    Computed in the tables' dtype; the result has the dtype of x.
-    """
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
