@@ -4,7 +4,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check --no-input
 READY := .venv/.ready
 ROOMS := kernels moe_lora train infer launch
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test lint bench cuda gpu links wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)  ## clips to report on the CPU; make demo CLIPS=folder takes your own
@@ -13,8 +13,21 @@ demo: $(READY)  ## clips to report on the CPU; make demo CLIPS=folder takes your
 test: $(READY)  ## the whole suite; make test ARGS="tests/kernels -x" for a part of it
 	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
 
-lint: $(READY)  ## style, format and types; mypy follows links, not setuptools' import hook
-	mkdir -p .types/wanmoe && for room in $(ROOMS); do ln -sfn "../../$$room" ".types/wanmoe/$$room"; done
+bench: $(READY)  ## the op against its peers, on the GPU or the CPU; make bench ARGS="--suite full"
+	.venv/bin/wanmoe bench $(ARGS)
+
+cuda: $(READY)  ## the CUDA kernels of csrc/, in place; needs nvcc
+	.venv/bin/python -m wanmoe.kernels.cuda_library
+
+# Takes the machine's own torch, triton and nvcc, and nothing from the network: wheels of what else is missing lie in WHEELS.
+gpu: links  ## every GPU test, the tuner and the benchmark in less than 8 minutes; make gpu OUT=folder WHEELS=folder
+	$(if $(WHEELS),$(PYTHON) -m pip install -q --no-index --no-deps --target .gpu $(WHEELS)/*.whl)
+	PYTHONPATH="$(CURDIR)/.types:$(CURDIR)/.gpu" $(PYTHON) -m wanmoe.kernels.bench.gpu --out $(or $(OUT),gpu-results)
+
+links:  # wanmoe as an import without an installation
+	@mkdir -p .types/wanmoe && for room in $(ROOMS); do ln -sfn "../../$$room" ".types/wanmoe/$$room"; done
+
+lint: $(READY) links  ## style, format and types; mypy follows links, not setuptools' import hook
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 	MYPYPATH=.types .venv/bin/mypy --namespace-packages --explicit-package-bases -p wanmoe
 
@@ -22,7 +35,7 @@ wheel: $(READY)  ## dist/*.tar.gz, and dist/*.whl built out of it: nothing that 
 	rm -rf build dist && .venv/bin/python -m build --no-isolation
 
 clean:
-	rm -rf .venv .types build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .types .gpu build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # DeepSpeed comes as source: DS_BUILD_OPS=0 leaves its ops to be compiled at first use, so that this step needs no torch.
 # wan22 is the official model that the tests compare with; of its many requirements they need none.
