@@ -55,8 +55,9 @@ def lora_moe(
     if backend == "triton":
         from . import forms
 
-        packs = forms.pack(columns, *adapters, scale_base, scale_expert, x.dtype)
-        ys, h = forms.forward(x, weights, added, packs, columns, tokens_per_row, save)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            packs = forms.pack(columns, *adapters, scale_base, scale_expert, x.dtype)
+            ys, h = forms.forward(x, weights, added, packs, columns, tokens_per_row, save)
     else:
         packs = pack(columns, *adapters, scale_base, scale_expert, x.dtype)
         ys, h = packed.forward(x, weights, added, packs, columns, tokens_per_row)
@@ -122,9 +123,10 @@ def lora_moe_backward(
     if backend == "triton":
         from . import forms
 
-        out = forms.backward(
-            dys, x, weights, h, packs, columns, tokens_per_row, want_x, want_gates, want_adapter
-        )
+        with torch.cuda.device_of(x):
+            out = forms.backward(
+                dys, x, weights, h, packs, columns, tokens_per_row, want_x, want_gates, want_adapter
+            )
     else:
         out = _backward(dys, x, weights, h, packs, columns, tokens_per_row, want_x, want_gates, want_adapter)
     for dy, weight_wanted, bias_wanted in zip(dys, want_weight, want_bias, strict=True):
