@@ -79,7 +79,7 @@ package_dir = {f"wanmoe.{room}": room for room in ROOMS}
 packages = list(package_dir)
 for room in ROOMS:
     # A folder of data alone (launch/presets) is a package too: that is how its files get into the wheel.
-    found = find_namespace_packages(room, exclude=["__pycache__", "*.__pycache__"])
+    found = find_namespace_packages(room, exclude=["__pycache__", "*.__pycache__", "bench.results*"])
     packages += [f"wanmoe.{room}.{sub}" for sub in found]
 
 setup(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..moe_lora.errors import WanmoeError
+from .bench import app as bench_app
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="LoRA mixture-of-experts for Wan2.2: clips to shards, training under DeepSpeed, generation.",
 )
+
+app.add_typer(bench_app, name="bench")
 
 Size = Annotated[tuple[int, int], typer.Option(help="Height and width in pixels, multiples of 16.")]
 Vae = Annotated[

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 
-import click
 import pytest
 import torch
 import typer
@@ -29,6 +28,10 @@ OPTIONS = {
     "instrument-hint mix image-path num-frames video-size num-steps guidance-scale flow-shift solver "
     "negative-prompt alpha-base alpha-expert seed device dtype any-base",
     "demo": "out clips ranks seed",
+    "bench": "suite rows variants out device",
+    "bench block": "tokens preset compiled out device",
+    "bench tune": "linears tokens",
+    "bench resources": "archs out",
 }
 
 
@@ -68,16 +71,19 @@ def work(tmp_path_factory):
 
 
 def test_the_command_line_is_frozen():
-    command = typer.main.get_command(cli.app)
-    context = click.Context(command)
+    def commands(group, prefix=""):
+        for name, command in group.commands.items():
+            yield prefix + name, command
+            yield from commands(command, f"{name} ") if hasattr(command, "commands") else ()
+
     found = {
         name: {
             word.removeprefix("--")
-            for option in command.get_command(context, name).params
+            for option in command.params
             for word in option.opts
             if word.startswith("--") and word != "--help"
         }
-        for name in command.list_commands(context)
+        for name, command in commands(typer.main.get_command(cli.app))
     }
     assert found == {name: set(words.split()) for name, words in OPTIONS.items()}
 

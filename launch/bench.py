@@ -1,0 +1,136 @@
+"""`wanmoe bench`: the adapted linear against its peers, and `wanmoe bench block`, the adapted block."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..moe_lora.errors import WanmoeError
+
+app = typer.Typer(
+    invoke_without_command=True,
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    help="Measure the adapted linear: every form, loops, PEFT and merged weights, each with its error.",
+)
+
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder. Default: kernels/bench/results/<device> in a checkout, else bench-results/."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")]
+
+
+@app.callback()
+def bench(
+    context: typer.Context,
+    suite: Annotated[
+        str | None, typer.Option(help="cpu, quick or full. Default: quick with a GPU, otherwise cpu.")
+    ] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="Patterns over q-n5376-b1-clip/fwd and the like, with commas.")
+    ] = None,
+    variants: Annotated[
+        str | None, typer.Option(help="Names, with commas; the frozen linear and the loop always run.")
+    ] = None,
+    out: Out = None,
+    device: Device = None,
+) -> None:
+    """Time and check every form of the adapted linear; exit code 1 when a row is wrong, never for speed."""
+    if context.invoked_subcommand is not None:
+        return
+    from ..kernels.bench.benchmark import Options, run_linear
+    from .bench_peers import peft_variants
+    from .cli import chosen_device
+
+    options = Options(suite, rows, variants, out, chosen_device(device), ["wanmoe", *sys.argv[1:]])
+    try:
+        code = run_linear(options, peft_variants, typer.echo)
+    except ValueError as error:
+        raise WanmoeError(str(error)) from error
+    raise typer.Exit(code)
+
+
+@app.command()
+def block(
+    tokens: Annotated[
+        str | None, typer.Option(help="Token grids FxHxW, with commas. Default: 21x16x16; 2x8x8 on the CPU.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Size of the block. Default: t2v-A14B; t2v-1.3B on the CPU.")
+    ] = None,
+    compiled: Annotated[
+        bool | None, typer.Option(help="Also under torch.compile. Default: with a GPU.")
+    ] = None,
+    out: Out = None,
+    device: Device = None,
+) -> None:
+    """One adapted DiT block, forward and backward: ours, and that of diffusers with PEFT."""
+    from ..kernels.bench.benchmark import Options, default_folder, publish
+    from ..moe_lora.wan.config import WanConfig
+    from .bench_peers import block_run
+    from .cli import chosen_device
+
+    place = chosen_device(device)
+    gpu = place.type == "cuda"
+    config = WanConfig.preset(preset or ("t2v-A14B" if gpu else "t2v-1.3B"))
+    grids = parse_grids(tokens or ("21x16x16" if gpu else "2x8x8"))
+    run = block_run(
+        Options(argv=["wanmoe", *sys.argv[1:]]),
+        config,
+        grids,
+        text_len=config.text_len if gpu else 64,
+        device=place,
+        suite="block",
+        compiled=gpu if compiled is None else compiled,
+        say=typer.echo,
+    )
+    raise typer.Exit(publish(run, out or default_folder(place), typer.echo))
+
+
+@app.command()
+def tune(
+    linears: Annotated[str | None, typer.Option(help="q, k, ffn.0, ffn.2, qkv, kv, with commas.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens per call, with commas.")] = None,
+) -> None:
+    """Measure every form and launch on this card and store what wins where training reads it."""
+    from ..kernels.bench.tune import LINEARS, TOKENS, tune_card
+
+    try:
+        path = tune_card((linears or ",".join(LINEARS)).split(","), tokens or TOKENS, typer.echo)
+    except ValueError as error:
+        raise WanmoeError(str(error)) from error
+    typer.echo(f"wrote {path}")
+
+
+@app.command()
+def resources(
+    archs: Annotated[
+        str, typer.Option(help="sm_80, sm_86, sm_89, sm_90, with commas.")
+    ] = "sm_80,sm_86,sm_89,sm_90",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the whole table.")] = None,
+) -> None:
+    """What the compiler makes of every kernel, without the card: registers, spills, shared memory; exit
+    code 1 for a spill."""
+    from ..kernels.bench.resources import resources_run
+
+    try:
+        code = resources_run([word.strip() for word in archs.split(",")], out, typer.echo)
+    except ValueError as error:
+        raise WanmoeError(str(error)) from error
+    raise typer.Exit(code)
+
+
+def parse_grids(text: str) -> list[tuple[int, int, int]]:
+    """ "21x16x16,21x30x52" -> token grids of F, H, W; raises WanmoeError for anything else."""
+    grids = []
+    for word in text.split(","):
+        numbers = word.strip().split("x")
+        if len(numbers) != 3 or not all(number.isdecimal() and int(number) for number in numbers):
+            raise WanmoeError(f"--tokens {word.strip()!r}: expected FxHxW, for example 21x16x16")
+        frames, height, width = map(int, numbers)
+        grids.append((frames, height, width))
+    return grids

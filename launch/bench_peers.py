@@ -1,0 +1,242 @@
+"""Peers in the harness of `kernels.bench`: PEFT on a linear, and the adapted block beside diffusers + PEFT.
+
+Letters: G gate rows, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.bench.benchmark import Options
+from ..kernels.bench.linear import Inputs, Problem
+from ..kernels.bench.measure import FAULTS, Subject, reason, timed_rows
+from ..kernels.bench.memory import peak_bytes, poisoned
+from ..kernels.bench.provenance import gpu_state, provenance
+from ..kernels.bench.record import Row, Run
+from ..kernels.bench.timing import CPU, GPU, Protocol, Timed
+from ..kernels.bench.truth import Verdict
+from ..kernels.bench.variants import Prepared, Variant
+from ..moe_lora.wan.config import WanConfig
+from .bench_block import Variant as BlockVariant
+from .bench_block import block_variants
+from .bench_peft import LinearPeer, linear_peers, why_no_peft
+
+__all__ = ["block_run", "peft_variants"]
+
+_NO_ROUTER = {"router": "PEFT has no gradient to a gate"}
+_FROZEN, _PEER = "wanmoe frozen", "diffusers + PEFT"
+_FROZEN_AGAIN = "wanmoe frozen again"
+_FAR = 0.5
+"""Disagreement of two blocks beyond which one of them is wrong; a missing adapter is 1."""
+_ERRORS = (
+    "the largest disagreement with diffusers + PEFT (without PEFT, with our own block), of the output over "
+    "what the adapters change, of a gradient over its norm"
+)
+MODES = ("fwd", "bwd", "fwd+bwd")
+
+
+def peft_variants(problem: Problem) -> list[Variant]:
+    """PEFT, eager and compiled, for a problem of `kernels.bench`; q, k and v one after the other."""
+    # Rows that differ, as random gates do.
+    rows = torch.arange(float(problem.gate_rows))
+    why_not = why_no_peft(rows, rows[:, None])
+    return [
+        Variant(name, _peft(name), why_not=why_not, refuses=_NO_ROUTER) for name in ("PEFT", "PEFT compiled")
+    ]
+
+
+def _peft(name: str) -> Callable[[Inputs], Prepared]:
+    def prepare(inputs: Inputs) -> Prepared:
+        peers = [
+            linear_peers(linear, inputs.base_gates, inputs.expert_gates)[name] for linear in inputs.linears
+        ]
+        parameters = {f"{i}.{j}": p for i, peer in enumerate(peers) for j, p in enumerate(peer.leaves())}
+        x = {"x": inputs.x} if inputs.x.requires_grad else {}
+        return Prepared(
+            lambda: [peer(inputs.x) for peer in peers],
+            {**x, **parameters},
+            lambda found: _under_our_names(peers, found),
+        )
+
+    return prepare
+
+
+def _under_our_names(peers: Sequence[LinearPeer], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    out = {"x": found["x"]} if "x" in found else {}
+    for i, peer in enumerate(peers):
+        leaves = peer.leaves()
+        for j, parameter in enumerate(leaves):
+            parameter.grad = found[f"{i}.{j}"]
+        out |= {f"{i}.{name}": grad for name, grad in peer.grads().items()}
+        for parameter in leaves:
+            parameter.grad = None
+    return out
+
+
+def block_run(
+    options: Options,
+    config: WanConfig,
+    grids: Sequence[tuple[int, int, int]],
+    *,
+    text_len: int,
+    device: torch.device,
+    suite: str,
+    compiled: bool,
+    say: Callable[[str], object],
+) -> Run:
+    """One adapted block, ours and diffusers + PEFT, forward and backward, for each token grid F, H, W.
+
+    compiled: also both under torch.compile. Errors are disagreements, as `_ERRORS` says.
+    """
+    protocol = GPU if device.type == "cuda" else CPU
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    about, states = provenance(device, list(options.argv)), [gpu_state(device)]
+    began = time.monotonic()
+    rows: list[Row] = []
+    for grid in grids:
+        torch.compiler.reset()
+        variants = block_variants(config, grid, text_len, 1, device, dtype, 0)
+        rows += _block_rows(variants, grid, config, device, protocol, compiled)
+        states.append(gpu_state(device))
+        say(f"block of {math.prod(grid)} tokens, {time.monotonic() - began:.0f} s")
+        del variants
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    configuration = {
+        "protocol": asdict(protocol),
+        "dtype": str(dtype).removeprefix("torch."),
+        "block": asdict(config),
+        "grids": [list(grid) for grid in grids],
+        "text_len": text_len,
+        "errors": _ERRORS,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    return Run(suite, about | {"gpu_states": states}, configuration, None, tuple(rows))
+
+
+def _block_rows(
+    variants: Mapping[str, BlockVariant],
+    grid: tuple[int, int, int],
+    config: WanConfig,
+    device: torch.device,
+    protocol: Protocol,
+    compiled: bool,
+) -> list[Row]:
+    tokens = math.prod(grid)
+    taken = {name: variant for name, variant in variants.items() if compiled or not name.endswith("compiled")}
+    ran = _run_all(taken, device)
+    rows: list[Row] = []
+    for mode in MODES:
+        title = f"block: dim {config.dim}, ffn {config.ffn_dim}, {tokens} tokens"
+        blank = Row(f"block-n{tokens}", title, mode, "", "absent", linear="block", tokens=tokens, clips=1)
+        subjects = []
+        for name, variant in taken.items():
+            why_not = variant.why_not or ran.failed.get(name)
+            if why_not is not None:
+                status = "FAILED" if name in ran.failed and why_not != "out of memory" else "absent"
+                absent = replace(blank, variant=name, status=status, note=why_not)
+                subjects.append(Subject(name, absent=absent))
+                continue
+            verdict = _agreement(name, mode, ran.outputs, ran.gradients)
+            subject = Subject(name, timed=_timed(name, variant, mode), verdict=verdict)
+            subjects.append(replace(subject, peak=ran.peaks.get((name, mode))))
+            if name == _FROZEN:
+                subjects.append(Subject(_FROZEN_AGAIN, timed=_timed(_FROZEN_AGAIN, variant, mode)))
+        rows += timed_rows(
+            subjects,
+            lambda adapted, blank=blank: blank,  # type: ignore[misc]
+            device=device,
+            sets=1,
+            ceilings=None,
+            protocol=protocol,
+            frozen=_FROZEN,
+        )
+    return [_beside_ours(row, rows) for row in rows]
+
+
+class _Ran(NamedTuple):
+    """What every block gave, on memory that started as NaN."""
+
+    outputs: dict[str, Tensor]
+    gradients: dict[str, dict[str, Tensor]]
+    failed: dict[str, str]
+    """Why, by name."""
+    peaks: dict[tuple[str, str], int | None]
+    """Peak memory by name and mode."""
+
+
+def _run_all(taken: Mapping[str, BlockVariant], device: torch.device) -> _Ran:
+    ran = _Ran({}, {}, {}, {})
+    for name, variant in taken.items():
+        if variant.why_not is not None:
+            continue
+        try:
+            for mode, run in (("fwd", variant.forward), ("fwd+bwd", variant.step)):
+                run()
+                ran.peaks[name, mode] = peak_bytes(run, device)
+            with poisoned(device, ran.peaks[name, "fwd+bwd"] or 0):
+                ran.outputs[name] = variant.forward().detach().clone()
+                ran.gradients[name] = variant.grads()
+        except torch.OutOfMemoryError:
+            ran.failed[name] = "out of memory"
+        except FAULTS as error:
+            ran.failed[name] = reason(error)
+    return ran
+
+
+def _timed(name: str, variant: BlockVariant, mode: str) -> Timed:
+    def graph(index: int) -> Tensor:
+        variant.clear()
+        return variant.graph()
+
+    if mode == "fwd":
+        return Timed(name, lambda index: None, lambda given: variant.forward())
+    if mode == "bwd":
+        return Timed(name, graph, variant.backward)
+    return Timed(name, lambda index: variant.clear(), lambda given: variant.step())
+
+
+def _agreement(
+    name: str, mode: str, outputs: Mapping[str, Tensor], gradients: Mapping[str, Mapping[str, Tensor]]
+) -> Verdict | None:
+    """The output or gradient that is furthest from the other implementation's; None: nothing to compare."""
+    others = [other for other in (_PEER, "wanmoe") if other in outputs and other != name]
+    if name == _FROZEN or not others:
+        return None
+    other = others[0]
+    errors: dict[str, float] = {}
+    if mode != "bwd" and _FROZEN in outputs:
+        errors["y"] = _distance(outputs[name], outputs[other], outputs[other] - outputs[_FROZEN])
+    if mode != "fwd":
+        mine = gradients[name]
+        for key, theirs in gradients[other].items():
+            errors[key] = _distance(mine[key], theirs, theirs) if key in mine else math.inf
+    if not errors:
+        return None
+    worst = max(errors, key=lambda key: errors[key])
+    return Verdict(worst, errors[worst], None, errors[worst] <= _FAR)
+
+
+def _distance(a: Tensor, b: Tensor, scale: Tensor) -> float:
+    if not bool(a.isfinite().all()):
+        return math.inf
+    return float((a.double() - b.double()).norm() / scale.double().norm())
+
+
+def _beside_ours(row: Row, rows: Sequence[Row]) -> Row:
+    """A peer's row says how much longer it takes than ours of the same kind."""
+    if not row.ms or not row.variant.startswith(_PEER):
+        return row
+    ours = row.variant.replace(_PEER, "wanmoe")
+    for other in rows:
+        if (other.variant, other.mode, other.group) == (ours, row.mode, row.group) and other.ms:
+            times = row.ms["median"] / other.ms["median"]
+            return replace(row, note=f"takes {times:.2f} times as long as {ours}")
+    return row
