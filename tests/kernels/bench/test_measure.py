@@ -200,7 +200,8 @@ def test_the_model_predicts_from_this_runs_ceilings():
 
 def test_suites_hold_what_the_specification_asks_for():
     full = SUITES["full"].groups
-    assert {group.problem.tokens for group in full} == {5376, 21504, 32760, 75600, 1, 17, 127, 5377}
+    tokens = {group.problem.tokens for group in full if group.problem.linear != "kv"}
+    assert tokens == {5376, 21504, 32760, 75600, 1, 17, 127, 5377}
     assert {group.problem.gates for group in full} == set(GATES)
     assert {group.problem.clips for group in full} == {1, 2}
     assert {sum(s.rank for s in group.problem.shapes) for group in full} == {20, 40, 80}
