@@ -32,7 +32,7 @@ class Protocol:
 
 
 GPU = Protocol()
-CPU = Protocol(warmup=1, repeats=25, least=5, budget_s=15.0)
+CPU = Protocol(warmup=3, repeats=25, least=9, budget_s=15.0)
 
 
 @dataclass(frozen=True)
