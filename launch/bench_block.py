@@ -9,6 +9,7 @@ E experts.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from ..moe_lora.wan.rope import rope_tables
 from ..moe_lora.wan.weights import to_diffusers
 from .bench_peft import PeftAdapters, why_no_peft
 
-__all__ = ["Variant", "block_variants"]
+__all__ = ["BlockTruth", "Variant", "block_truth", "block_variants"]
 
 _BLOCK = "blocks.0."
 
@@ -148,6 +149,41 @@ def block_variants(
         *_peers(config, dit_adapter, inputs, compiler),
     ]
     return {row.name: row for row in rows}
+
+
+class BlockTruth(NamedTuple):
+    """What an adapted block gives at a higher precision, from the same values."""
+
+    y: Tensor
+    """[B, L, D]"""
+    frozen: Tensor
+    """The output without adapters."""
+    gradients: dict[str, Tensor]
+    """Under the names of `Variant.grads`."""
+
+
+def block_truth(ours: Variant) -> BlockTruth:
+    """Output and gradients of the "wanmoe" row in float32 for 16-bit rows, else in float64."""
+    dtype = ours.inputs.x.dtype
+    wider = torch.float32 if dtype.itemsize == 2 else torch.float64
+
+    def widened(value: Any) -> Any:
+        if isinstance(value, Gates):
+            return Gates(value.experts.to(wider), value.base.to(wider), value.tokens_per_row)
+        return value.detach().to(wider)
+
+    block = copy.deepcopy(ours.module)
+    if not isinstance(block, WanBlock):
+        raise ValueError(f"{ours.name} has no block of ours to compute the truth with")
+    block.to(wider)
+    x, *rest = map(widened, ours.arguments)
+    x.requires_grad_()
+    y = block(x, *rest)
+    y.backward(ours.inputs.dy.to(wider))
+    gradients = {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        frozen = block(x, *rest[:-2])
+    return BlockTruth(y.detach(), frozen, gradients | {"x": x.grad})
 
 
 def _adapted_block(

@@ -29,8 +29,8 @@ COLUMNS = (
     "x eager",
 )
 LEGEND = """\
-over %: time over the frozen linear of the same mode. model %: what counting bytes predicts from this run's
-ceilings. GB/s: bytes that must move, over the time. floor %: time at the ceilings over the time. graph ms:
+over %: time over the frozen linear (or block) of the same mode. model %: what counting bytes predicts from
+this run's ceilings. GB/s: bytes that must move, over the time. floor %: time at the ceilings over the time. graph ms:
 replayed as a CUDA graph; far below ms, the host is what takes the time. peak: memory above the start; saved:
 activations kept for the backward. error: {errors}. x eager: over the error of the eager loop, at most 1.2 is
 wanted; !: more, but within rounding. *: fastest with adapters, its p80 below the others' p20. Noise: of the
