@@ -97,10 +97,10 @@ def tune(
     tokens: Annotated[str | None, typer.Option(help="Tokens per call, with commas.")] = None,
 ) -> None:
     """Measure every form and launch on this card and store what wins where training reads it."""
-    from ..kernels.bench.tune import LINEARS, TOKENS, tune_card
+    from ..kernels.bench.tune import ORDER, TOKENS, tune_card
 
     try:
-        path = tune_card((linears or ",".join(LINEARS)).split(","), tokens or TOKENS, typer.echo)
+        path = tune_card((linears or ORDER).split(","), tokens or TOKENS, typer.echo)
     except ValueError as error:
         raise WanmoeError(str(error)) from error
     typer.echo(f"wrote {path}")

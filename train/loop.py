@@ -19,6 +19,7 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 from tqdm import tqdm
 
+from ..kernels.lora_moe import table
 from ..moe_lora import WanmoeError, save_adapter
 from ..moe_lora.routing import teacher_kl
 from ..moe_lora.wan.dit import WanDiT
@@ -84,7 +85,10 @@ class Trainer:
             "train": {"run"},
             "launch": True,
         }
-        settings = {"the config": config.model_dump_json(exclude=paths)}
+        settings = {
+            "the config": config.model_dump_json(exclude=paths),
+            "the tuned table of the kernels": table.digest(device),
+        }
         agree({"the resume state": path and path.name} | settings | local_files(config) | self._identity())
         self.trainable = select_trainable(self.spec, self.dit, self.adapter)
         self.frozen = self._frozen_adapter_parts()

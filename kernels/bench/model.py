@@ -19,6 +19,10 @@ _SPLITS = 8
 """Token splits of a fixed-order dA: each writes an fp32 partial, which is read once."""
 
 
+_TILE = 256
+"""Outputs of a tile of up_grad."""
+
+
 class Card(NamedTuple):
     """Rates of one device: of a datasheet and one measurement, or this run's ceilings."""
 
@@ -44,6 +48,11 @@ class Shape(NamedTuple):
         """Rank that the matrix units work on: a multiple of 16."""
         return 16 * math.ceil(self.rank / 16)
 
+    @property
+    def power_of_two(self) -> int:
+        """Columns that the Triton kernels work on."""
+        return max(16, 1 << (self.rank - 1).bit_length())
+
 
 SHAPES = (
     Shape("q", 5120, 5120, 40),
@@ -66,6 +75,8 @@ class Passes(NamedTuple):
     """Passes over [d_out, d_in]."""
     partials: bool = False
     """Whether dA goes through fp32 partials."""
+    planes: bool = False
+    """Whether du goes through fp32 planes, one per tile of outputs, as in `up_grad`."""
     into_x: float = 0
     """Products of rank R and width d_in that the base product's own kernel does as well."""
     into_y: float = 0
@@ -99,7 +110,10 @@ BACKWARD = {
     "packed": Passes(x=3, y=2, h=4),
     "fused du+dB": Passes(x=3, y=1, h=4, partials=True),
     "fused du+dB, dx in the epilogue": Passes(x=1, y=1, h=4, partials=True, into_x=1),
+    "up_grad": Passes(x=3, y=1, h=4, partials=True, planes=True),
+    "up_grad, dx in the epilogue": Passes(x=1, y=1, h=4, partials=True, planes=True, into_x=1),
 }
+"""fused du+dB: one read of dy and nothing else, which no kernel here reaches; up_grad: ours, with planes."""
 
 
 def added(passes: Passes, shape: Shape, tokens: int, itemsize: int = 2) -> tuple[float, float]:
@@ -107,6 +121,8 @@ def added(passes: Passes, shape: Shape, tokens: int, itemsize: int = 2) -> tuple
     flops = 2.0 * tokens * shape.padded * (passes.into_x * shape.d_in + passes.into_y * shape.d_out)
     per_token = passes.x * shape.d_in + passes.y * shape.d_out + passes.h * shape.padded
     moved = itemsize * (per_token * tokens + passes.weight * shape.d_in * shape.d_out)
+    if passes.planes:
+        moved += 2 * 4 * tokens * math.ceil(shape.d_out / _TILE) * shape.power_of_two
     if passes.partials:
         moved += 2 * 4 * _SPLITS * shape.padded * shape.d_in
     return flops, moved

@@ -32,7 +32,7 @@ def resources_run(archs: Sequence[str], out: Path | None, say: Callable[[str], o
         say(f"{row.kernel:<14} {launch:<31} {row.width:>5} {row.arch} {row.registers:>4} {row.stack:>5} "
             f"{row.spills:>6} {row.shared:>7} {row.tensor_core:>4}{fault}")  # fmt: skip
     faults = sum(row.fault() is not None for row in rows)
-    cuda = _cuda(say)
+    cuda = _cuda(archs, say)
     faults += sum(row.stack > 0 or row.spills > 0 for row in cuda)
     say(f"{len(rows)} Triton and {len(cuda)} CUDA compilations, {faults} with a fault")
     if out is not None:
@@ -43,10 +43,12 @@ def resources_run(archs: Sequence[str], out: Path | None, say: Callable[[str], o
     return int(faults > 0)
 
 
-def _cuda(say: Callable[[str], object]) -> list[cuda_library.KernelResources]:
+def _cuda(archs: Sequence[str], say: Callable[[str], object]) -> list[cuda_library.KernelResources]:
     """The rows of csrc/; none, with the reason, where there is neither a library nor a compiler."""
+    # The 3090 (sm_86) runs the code of sm_80.
+    wanted = {"sm_80" if arch == "sm_86" else arch for arch in archs}
     try:
-        rows = cuda_library.resources()
+        rows = [row for row in cuda_library.resources() if f"sm_{row.arch}" in wanted]
     except cuda_library.LibraryError as error:
         say(f"the CUDA kernels are left out: {error}")
         return []

@@ -24,8 +24,10 @@ from .linear import LINEARS, MODES, TEXT_TOKENS, Inputs, Mode, Problem, make_inp
 from .provenance import provenance
 from .timing import Protocol, Timed, input_sets, interleaved, summary
 
-__all__ = ["LINEARS", "PROTOCOL", "TOKENS", "tune", "tune_card", "write_table"]
+__all__ = ["ORDER", "PROTOCOL", "TOKENS", "tune", "tune_card", "write_table"]
 
+ORDER = "qkv,q,k,ffn.0,ffn.2,kv"
+"""What a step runs most comes first: an interrupted run has tuned that."""
 TOKENS = "5376,21504,32760,75600"
 PROTOCOL = Protocol(warmup=5, repeats=30)
 _MARGIN = 0.02
@@ -38,13 +40,13 @@ def tune_card(linears: Sequence[str], tokens: str, say: Callable[[str], object])
     Returns: the table's path. Raises: ValueError without a CUDA device, for a linear that is unknown, or for
     a token count that is no positive integer.
     """
-    if not torch.cuda.is_available():
-        raise ValueError("tuning needs a CUDA device: the table holds what was measured on the card itself")
     if unknown := [name for name in linears if name not in LINEARS]:
         raise ValueError(f"linear {unknown[0]!r} is unknown; choose from {', '.join(LINEARS)}")
     for word in tokens.split(","):
         if not word.strip().isdecimal() or not int(word):
             raise ValueError(f"tokens {word!r}: expected positive integers with commas, such as {TOKENS}")
+    if not torch.cuda.is_available():
+        raise ValueError("tuning needs a CUDA device: the table holds what was measured on the card itself")
     device = torch.device("cuda", torch.cuda.current_device())
     arch = table.architecture(device)
     problems = [
@@ -74,15 +76,25 @@ def tune(
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path, provenance: Mapping[str, Any]) -> None:
     """Writes a table, keeping an older one's rows for other shapes; readers see the old or the new file."""
-    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    old = _old_rows(path)
     key = ("d_in", "d_out", "width", "tokens")
     fresh = {json.dumps([row[name] for name in key]) for row in rows}
     kept = [row for row in old if json.dumps([row[name] for name in key]) not in fresh]
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.tmp")
-    text = json.dumps({"provenance": provenance, "rows": [*kept, *rows]}, indent=1)
+    data = {"format": table.FORMAT, "provenance": provenance, "rows": [*kept, *rows]}
+    text = json.dumps(data, indent=1)
     part.write_text(text + "\n", encoding="utf-8")
     part.replace(path)
+
+
+def _old_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table that is there and can be read; raises ValueError for one that cannot."""
+    if not path.exists():
+        return []
+    table.read_table(path, path.stem)
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return rows
 
 
 def _row(
@@ -139,6 +151,8 @@ def _forward(
     best = {"library": Plan()}
 
     def search(form: str, kernels: Sequence[str]) -> None:
+        if not all(launches(kernel) for kernel in kernels):
+            return  # nothing of this form fits the card
         plan = table.default_plan(form)
         for kernel in kernels:
             options = {
@@ -228,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m wanmoe.kernels.bench.tune`, for a machine with little else than torch; 2 without a card."""
     parser = argparse.ArgumentParser(prog="python -m wanmoe.kernels.bench.tune", description=__doc__)
     parser.add_argument("--tokens", default=TOKENS, help="tokens per call, with commas")
-    parser.add_argument("--linears", default=",".join(LINEARS), help=f"of {', '.join(LINEARS)}, with commas")
+    parser.add_argument("--linears", default=ORDER, help=f"of {', '.join(LINEARS)}, with commas")
     given = parser.parse_args(argv)
     try:
         path = tune_card(given.linears.split(","), given.tokens, print)

@@ -50,6 +50,7 @@ def lora_moe(
     A missing bias is an empty tensor, since the gradient of an optional element of a list is lost.
     """
     added = [bias if bias.numel() else None for bias in biases]
+    x = x.contiguous()
     columns = _layout(base_down, expert_down, backend)
     adapters = (base_down, base_up, expert_down, expert_up, base_gates, expert_gates)
     if backend == "triton":
@@ -119,7 +120,7 @@ def lora_moe_backward(
     packed and wide; then dW and db of each linear that wants them."""
     columns = layout(base_ranks, expert_ranks, experts, padded=backend == "triton")
     packs = Packed(down, ups, gates)
-    dys = [dy.contiguous() for dy in dys]
+    x, dys = x.contiguous(), [dy.contiguous() for dy in dys]
     if backend == "triton":
         from . import forms
 
@@ -214,6 +215,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.columns = _layout(base_down, expert_down, ctx.backend)
     saved = output[len(weights) :]
     ctx.save_for_backward(x, *weights, *saved)
+    # Only the ys get a gradient; what is saved needs no zeros in its place.
+    ctx.set_materialize_grads(False)
 
 
 def _backward_of_forward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
@@ -226,8 +229,12 @@ def _backward_of_forward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     want_bias = _each(need[2], n)
     want_adapter = any(any(_each(flag, n)) for flag in need[3:7])
     want_gates = need[7] or need[8]
+    dys = [
+        x.new_zeros(x.shape[0], weight.shape[0]) if dy is None else dy
+        for dy, weight in zip(grads[:n], weights, strict=True)
+    ]
     out = torch.ops.wanmoe.lora_moe_backward(
-        grads[:n],
+        dys,
         x,
         weights,
         h,

@@ -24,7 +24,7 @@ __all__ = ["backward", "forward", "pack"]
 # The kernels that finish a sum are small; one launch serves every card.
 FINISH_TOKENS = 32
 FINISH_OUTPUTS = 32
-PACK_LANES = 64
+PACK_LANES, PACK_COLUMNS = 64, 32
 
 
 def pack(
@@ -53,7 +53,8 @@ def pack(
         d_out = base_up[j].shape[0]
         up = base_gates.new_empty(d_out, columns.widths[j], dtype=dtype)
         down_tiles, up_tiles = triton.cdiv(d_in, PACK_LANES), triton.cdiv(d_out, PACK_LANES)
-        kernels.pack_linear[(down_tiles + up_tiles + rows,)](
+        block = min(columns.widths[j], PACK_COLUMNS)
+        kernels.pack_linear[(down_tiles + up_tiles + rows, columns.widths[j] // block)](
             base_down[j].contiguous(),
             base_up[j].contiguous(),
             expert_down[j].contiguous(),
@@ -73,7 +74,8 @@ def pack(
             down_tiles,
             up_tiles,
             columns.width,
-            R=columns.widths[j],
+            columns.widths[j],
+            BR=block,
             BN=PACK_LANES,
         )
         ups.append(up)
@@ -316,8 +318,8 @@ def _up_grad(
     by_token = want_gates and not fold
     blocks = triton.cdiv(tokens_per_row, FINISH_TOKENS)
     gate_planes = dy.new_empty((rows, blocks, r) if by_token else 0, dtype=wide)
-    kernels.finish_down[(blocks, rows)](
-        du_planes, h, gates, dh, gate_planes, n, tiles, tokens_per_row, width, BM=FINISH_TOKENS,
+    kernels.finish_down[(blocks * rows,)](
+        du_planes, h, gates, dh, gate_planes, n, tiles, blocks, tokens_per_row, width, BM=FINISH_TOKENS,
         GATES=by_token, **options,
     )  # fmt: skip
     d_up = dy.new_empty(m, r, dtype=wide)

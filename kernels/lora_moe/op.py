@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
-from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -16,6 +16,10 @@ from .reference import lora_moe_linear_reference
 from .weights import LoRAMoEWeights
 
 _log = logging.getLogger(__name__)
+
+_HAS_TRITON = find_spec("triton") is not None
+if torch.version.cuda and not _HAS_TRITON:
+    _log.warning("triton is not installed: adapters run as library matrix products; pip install triton")
 
 BACKENDS = ("packed", "triton", "reference")
 
@@ -47,8 +51,8 @@ def lora_moe_linear(
         base_gates, expert_gates: [G], [G, E]; differentiable.
         scale_base, scale_expert: alpha / rank of each part.
         backend: "auto" (triton on CUDA, packed elsewhere), "packed" (library matrix products), "triton" (the
-            form that the stored table names for this card and shape; on the CPU in Triton's interpreter) or
-            "reference".
+            form that the stored table names for this card and shape, library products where it names none; on
+            the CPU in Triton's interpreter) or "reference".
 
     Returns: [..., d_out] in the dtype of x.
 
@@ -72,14 +76,22 @@ def lora_moe_linears(
 ) -> tuple[Tensor, ...]:
     """`lora_moe_linear` for linears that read the same x: q, k and v, or k and v of cross-attention.
 
-    One shrink serves all of them, and in the backward one pass over x and one accumulated dx.
+    Args:
+        linears: one `LoRAMoEWeights` each, of one d_in and one number of experts; ranks and d_out may differ.
+        x, base_gates, expert_gates, tokens_per_row, backend: as in `lora_moe_linear`.
+
+    One shrink serves all of them, and in the backward one pass over x and one dx that is accumulated in the
+    dtype of x, linear after linear.
 
     Returns: [..., d_out] of each linear. Raises: ValueError as `lora_moe_linear`.
     """
     if not linears:
         raise ValueError("linears is empty; give at least one")
-    for linear in linears:
-        _check(x, linear, base_gates, expert_gates, tokens_per_row)
+    for j, linear in enumerate(linears):
+        where = f" (linear {j + 1} of {len(linears)})" if len(linears) > 1 else ""
+        if not isinstance(linear, LoRAMoEWeights):
+            raise ValueError(f"linears holds a {type(linear).__name__}{where}; expected LoRAMoEWeights")
+        _check(x, linear, base_gates, expert_gates, tokens_per_row, where)
     if linears[0].expert_down.shape[0] < 1:
         raise ValueError("expert_down holds no expert; give at least one")
     name = _backend(backend, x)
@@ -121,18 +133,15 @@ def _backend(asked: str, x: Tensor) -> str:
     if asked != "auto":
         if asked not in BACKENDS:
             raise ValueError(f"backend {asked!r} is unknown; choose from auto, {', '.join(BACKENDS)}")
-        if asked == "triton" and not _has_triton():
+        if asked == "triton" and not _HAS_TRITON:
             raise ValueError("backend 'triton' needs the package triton: pip install triton")
+        if asked == "triton" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"backend 'triton' needs a CUDA tensor and x is on {x.device}; TRITON_INTERPRET=1, set "
+                "before Python starts, runs it in Triton's interpreter; backend='packed' runs anywhere"
+            )
         return asked
-    return "triton" if x.is_cuda and _has_triton() else "packed"
-
-
-@cache
-def _has_triton() -> bool:
-    found = find_spec("triton") is not None
-    if not found and torch.cuda.is_available():
-        _log.warning("triton is not installed: adapters run as library matrix products; pip install triton")
-    return found
+    return "triton" if x.is_cuda and _HAS_TRITON else "packed"
 
 
 def _check(
@@ -141,7 +150,10 @@ def _check(
     base_gates: Tensor,
     expert_gates: Tensor,
     tokens_per_row: int,
+    where: str,
 ) -> None:
+    if not isinstance(tokens_per_row, (int, torch.SymInt)):
+        raise ValueError(f"tokens_per_row is {tokens_per_row!r}, expected an integer")
     weight, bias, base_down, base_up, expert_down, expert_up = linear[:6]
     if weight.dim() != 2 or expert_down.dim() != 3 or base_down.dim() != 2 or expert_gates.dim() != 2:
         raise ValueError(
@@ -166,13 +178,18 @@ def _check(
         expected["bias"] = (bias, (d_out,))
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}{where}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x is on {x.device}")
         if not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}, expected a floating dtype")
+            raise ValueError(f"{name} is {tensor.dtype}, expected a floating dtype{where}")
         if name in ("weight", "bias") and tensor.dtype != x.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, x is {x.dtype}; convert one to the other")
+    if not rank or not base_down.shape[0]:
+        raise ValueError(
+            f"base_down {tuple(base_down.shape)} and expert_down {tuple(expert_down.shape)} must have a rank "
+            "of 1 or more"
+        )
     tokens = math.prod(x.shape[:-1])
     if not tokens or tokens_per_row < 1:
         raise ValueError(

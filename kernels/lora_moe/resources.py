@@ -26,6 +26,11 @@ WIDTHS = (32, 64, 128)
 """Packed widths that are compiled: k, v, o and ffn; q; the group of q, k and v."""
 
 
+# Kernels with one launch, and the widest columns that they run with: those of up_grad for what finishes its
+# sums; pack_linear takes 32 columns at a time.
+_SMALL = {"finish_shrink": 128, "finish_down": 64, "finish_up": 64, "pack_linear": 32}
+
+
 class Resources(NamedTuple):
     """One kernel, launch, width and architecture."""
 
@@ -65,8 +70,9 @@ def configurations(archs: Sequence[str]) -> Iterator[Configuration]:
             for kernel in CANDIDATES:
                 for launch in candidates(kernel, width, arch):
                     yield kernel, launch, width, arch
-            for kernel in ("finish_shrink", "finish_down", "finish_up", "pack_linear"):
-                yield kernel, None, width, arch
+            for kernel, widest in _SMALL.items():
+                if width <= widest:
+                    yield kernel, None, width, arch
 
 
 def compile_all(archs: Sequence[str], workers: int) -> list[Resources]:
@@ -156,7 +162,7 @@ def _constants(kernel: str, launch: Launch | None, width: int) -> dict[str, Any]
     every: dict[str, Any] = {
         "BM": sizes.bm, "BN": sizes.bn, "BK": sizes.bk, "SPLIT": sizes.split, "R": width, "ACC": tl.float32,
         "EVEN": True, "SAVE": True, "BIAS": kernel != "dx", "ADD": True, "FOLD": kernel == "finish_up",
-        "GATES": True,
+        "GATES": True, "BR": min(width, forms.PACK_COLUMNS),
     }  # fmt: skip
     if kernel in ("shrink", "finish_shrink", "down_grad"):
         every["W"] = width

@@ -228,27 +228,28 @@ def up_grad(dy, up, h, gates, du_planes, up_planes, N, M, span, chunk, parts, to
 
 
 @triton.jit
-def finish_down(du_planes, h, gates, dh, gate_planes, N, tiles, tokens_per_row, W, R: tl.constexpr,
+def finish_down(du_planes, h, gates, dh, gate_planes, N, tiles, parts, tokens_per_row, W, R: tl.constexpr,
                 BM: tl.constexpr, GATES: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """Sums du_planes [tiles, N, R] in order; dh = gates * du; with GATES, the tile's share of d_gates.
 
-    Program (p, row): tokens p of a gate row. gate_planes [G, programs, R]; h, gates and dh have rows W apart.
+    Program i: tokens i % parts of gate row i // parts. gate_planes [G, parts, R]; h, gates and dh have rows W
+    apart.
     """
-    part, row = tl.program_id(0), tl.program_id(1)
+    part, row = tl.program_id(0) % parts, tl.program_id(0) // parts
     local = part * BM + tl.arange(0, BM)
     valid = local < tokens_per_row
-    rows = (row * tokens_per_row + local).to(tl.int64)[:, None]
+    rows = (row.to(tl.int64) * tokens_per_row + local)[:, None]
     cols = tl.arange(0, R)
     du = tl.zeros((BM, R), dtype=ACC)
     plane = du_planes + rows * R + cols[None, :]
     for _ in range(0, tiles):
         du += tl.load(plane, valid[:, None], 0.0)
         plane += N * R
-    g = tl.load(gates + row * W + cols).to(ACC)
+    g = tl.load(gates + row.to(tl.int64) * W + cols).to(ACC)
     tl.store(dh + rows * W + cols[None, :], (du * g[None, :]).to(dh.dtype.element_ty), valid[:, None])
     if GATES:
         share = du * tl.load(h + rows * W + cols[None, :], valid[:, None], 0.0).to(ACC)
-        tl.store(gate_planes + (row * tl.num_programs(0) + part) * R + cols, tl.sum(share, 0))
+        tl.store(gate_planes + tl.program_id(0).to(tl.int64) * R + cols, tl.sum(share, 0))
 
 
 @triton.jit
@@ -306,15 +307,15 @@ def down_grad(dh, x, planes, N, K, chunk, W: tl.constexpr, BM: tl.constexpr, BN:
 
 @triton.jit
 def pack_linear(base_down, base_up, expert_down, expert_up, base_gates, expert_gates, down, up, gates, K, M,
-                base_rank, rank, experts, scale_base, scale_expert, down_tiles, up_tiles, W, R: tl.constexpr,
-                BN: tl.constexpr):  # fmt: skip
+                base_rank, rank, experts, scale_base, scale_expert, down_tiles, up_tiles, W, R,
+                BR: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """Packs one linear: its rows of down [R, K], up [M, R], its columns of gates (rows W apart).
 
-    Programs 0 .. down_tiles - 1 copy inputs, the next up_tiles outputs, the rest one gate row each. Padding
-    is written as zeros.
+    Programs (i, c): i < down_tiles copy inputs, the next up_tiles outputs, the rest one gate row each; c is
+    which BR of the R columns. Padding is written as zeros.
     """
     pid = tl.program_id(0)
-    cols = tl.arange(0, R)
+    cols = tl.program_id(1) * BR + tl.arange(0, BR)
     is_base = cols < base_rank
     used = cols < base_rank + experts * rank
     local = cols - base_rank

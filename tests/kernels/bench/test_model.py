@@ -79,6 +79,16 @@ def test_added_counts_every_pass():
     assert moved == 2 * (10 * (2 * 64 + 3 * 128 + 32) + 64 * 128) + 2 * 4 * 8 * 32 * 64
 
 
+def test_up_grad_pays_for_its_planes():
+    """Per token 2 x tiles x columns x 4 bytes: half a pass over dy at 32 columns, a whole one at 64."""
+    for name, share in (("k", 0.5), ("q", 1.0)):
+        shape = SHAPES[name]
+        ideal, ours = (added(BACKWARD[form], shape, 1000)[1] for form in ("fused du+dB", "up_grad"))
+        assert ours - ideal == share * 2 * 1000 * shape.d_out
+    assert percent(BACKWARD["up_grad"], "q", H100) > percent(BACKWARD["packed"], "q", H100)
+    assert percent(BACKWARD["up_grad"], "k", H100) < percent(BACKWARD["packed"], "k", H100)
+
+
 def test_the_printed_table_says_that_it_is_modelled():
     text = modelled_text((Card("A100", 312, 2.0),))
     assert text.startswith("MODELLED, not measured")

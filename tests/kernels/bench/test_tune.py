@@ -69,7 +69,7 @@ def test_a_real_run_gives_rows_that_the_table_reads(parts, tmp_path, monkeypatch
     table._rows.cache_clear()
     plan = table.lookup("sm_80", 48, [40] * parts, 32 * parts, 33)
     table._rows.cache_clear()
-    assert plan == table.from_json(rows[0]["plan"])
+    assert table.to_json(plan) == rows[0]["plan"]
     assert len(said) == 1 and said[0].startswith("q-n33")
     assert set(rows[0]["ms"]["forward"]) == set(table.FORMS)
 
@@ -78,6 +78,12 @@ def test_a_new_table_keeps_the_rows_of_other_shapes(tmp_path):
     def row(tokens, form):
         plan = table.to_json(table.default_plan(form))
         return {"d_in": 8, "d_out": [8], "width": 32, "tokens": tokens, "plan": plan}
+
+    broken = tmp_path / "sm_90.json"
+    broken.write_text("{")
+    with pytest.raises(ValueError, match="sm_90.json is no table"):
+        tune.write_table([row(1, "library")], broken, {})
+    assert broken.read_text() == "{"
 
     path = tmp_path / "sub" / "sm_80.json"
     tune.write_table([row(1, "library"), row(2, "library")], path, {"gpu": "a"})
@@ -91,5 +97,7 @@ def test_a_new_table_keeps_the_rows_of_other_shapes(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_without_a_card_one_line_and_code_2(capsys):
+    assert tune.main(["--linears", "zzz"]) == 2
+    assert "'zzz' is unknown; choose from q, k" in capsys.readouterr().err
     assert tune.main([]) == 2
     assert capsys.readouterr().err.startswith("error: tuning needs a CUDA device")

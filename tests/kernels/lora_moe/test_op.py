@@ -7,6 +7,10 @@ from torch.utils.checkpoint import checkpoint
 
 from wanmoe.kernels.lora_moe import lora_moe_linear, lora_moe_linears
 
+# The compiled Triton kernels take 16-bit values.
+HALF = torch.float16 if torch.cuda.is_available() else torch.float32
+if torch.cuda.is_available():
+    pytestmark = pytest.mark.gpu  # part of `make gpu` where there is a card; on the CPU they run anyway
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 8e-6, torch.bfloat16: 8e-2}
 
 
@@ -109,10 +113,34 @@ def op_arguments(given):
     )
 
 
+@pytest.mark.parametrize("backend", ["packed", "triton"])
 @pytest.mark.parametrize("outs", [(11,), (11, 7, 9)])
-def test_opcheck(case, outs):
-    given = case(outs, d_in=10, rows=2, per_row=3)
-    torch.library.opcheck(torch.ops.wanmoe.lora_moe, (*op_arguments(given), "packed", True))
+def test_opcheck(case, outs, backend):
+    pytest.importorskip("triton")
+    given = case(outs, d_in=10, rows=2, per_row=3, dtype=HALF)
+    torch.library.opcheck(torch.ops.wanmoe.lora_moe, (*op_arguments(given), backend, True))
+
+
+@pytest.mark.parametrize("backend", ["packed", "triton"])
+def test_strides_of_x_do_not_matter_to_the_op_itself(case, backend):
+    pytest.importorskip("triton")
+    given = case((11,), d_in=10, rows=2, per_row=3, dtype=HALF)
+    x, *rest = op_arguments(given)
+    turned = x.detach().t().contiguous().t().requires_grad_()
+    assert not turned.is_contiguous()
+    outs = [torch.ops.wanmoe.lora_moe(each, *rest, backend, True)[0] for each in (x, turned)]
+    assert torch.equal(*outs)
+    grads = [torch.autograd.grad(y.sum(), each)[0] for y, each in zip(outs, (x, turned), strict=True)]
+    assert torch.equal(*grads)
+
+
+def test_an_output_that_nobody_uses(case, relative):
+    given = case((11, 7))
+    with_zero = torch.autograd.grad(
+        sum((y * f).sum() for y, f in zip(given.forward("packed"), (1, 0), strict=True)), given.x
+    )[0]
+    alone = torch.autograd.grad(given.forward("packed")[0].sum(), given.x)[0]
+    assert relative(alone, with_zero) < 1e-12
 
 
 def test_opcheck_without_what_a_backward_needs(case):
@@ -142,8 +170,7 @@ def test_opcheck_of_the_backward(case):
 @pytest.mark.parametrize("backend", ["packed", "triton"])
 def test_compiles_in_one_graph(case, check, backend):
     pytest.importorskip("triton")
-    dtype = torch.float16 if torch.cuda.is_available() else torch.float32
-    given = case((11, 7), dtype=dtype)
+    given = case((11, 7), dtype=HALF)
     eager = given.run(backend)
     given.forward = torch.compile(given.forward, fullgraph=True, backend="aot_eager")
     check(given.run(backend), eager, 1e-6)
@@ -152,7 +179,7 @@ def test_compiles_in_one_graph(case, check, backend):
 @pytest.mark.parametrize("backend", ["packed", "triton"])
 def test_a_recompute_gives_the_same_bits(case, backend):
     pytest.importorskip("triton")
-    given = case((11, 7), dtype=torch.float16 if torch.cuda.is_available() else torch.float32)
+    given = case((11, 7), dtype=HALF)
     straight = given.run(backend)
     plain = given.forward
     given.forward = lambda name: checkpoint(plain, name, use_reentrant=False)
@@ -206,6 +233,7 @@ def zeros(*shape, **kind):
             {"expert_down": zeros(0, 2, 7), "expert_up": zeros(0, 11, 2), "expert_gates": zeros(3, 0)},
             "expert_down holds no expert",
         ),
+        ({"expert_down": zeros(4, 0, 7), "expert_up": zeros(4, 11, 0)}, "must have a rank of 1 or more"),
         ({"backend": "cuda"}, "'cuda' is unknown; choose from auto, packed, triton, reference"),
     ],
 )
