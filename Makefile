@@ -4,7 +4,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check --no-input
 READY := .venv/.ready
 ROOMS := kernels moe_lora train infer launch
 
-.PHONY: demo test lint bench cuda gpu links wheel clean
+.PHONY: demo test lint bench cuda gpu gpu-wheels links wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)  ## clips to report on the CPU; make demo CLIPS=folder takes your own
@@ -21,8 +21,16 @@ cuda: $(READY)  ## the CUDA kernels of csrc/, in place; needs nvcc
 
 # Takes the machine's own torch, triton and nvcc, and nothing from the network: wheels of what else is missing lie in WHEELS.
 gpu: links  ## every GPU test, the tuner and the benchmark in less than 8 minutes; make gpu OUT=folder WHEELS=folder
-	$(if $(WHEELS),$(PYTHON) -m pip install -q --no-index --no-deps --target .gpu $(WHEELS)/*.whl)
+	$(if $(WHEELS),$(PYTHON) -m pip install -q --no-index --no-deps --upgrade --target .gpu $(WHEELS)/*.whl)
 	PYTHONPATH="$(CURDIR)/.types:$(CURDIR)/.gpu" $(PYTHON) -m wanmoe.kernels.bench.gpu --out $(or $(OUT),gpu-results)
+
+# What `wanmoe bench block` imports besides torch, triton, numpy, matplotlib and what these bring, and pytest-xdist.
+gpu-wheels:  ## the wheels that make gpu wants besides torch, for WHEELS=folder; FOR=3.13 is the Python that will run
+	$(PYTHON) -m pip download --no-deps --only-binary=:all: --python-version $(or $(FOR),3.12) -c constraints.txt \
+	  -d $(or $(WHEELS),wheels) accelerate annotated-doc annotated-types anyio certifi charset-normalizer diffusers \
+	  execnet ftfy h11 httpcore2 httpx2 huggingface-hub idna peft psutil pydantic pydantic-core pytest-xdist pyyaml \
+	  regex requests safetensors shellingham tokenizers tqdm transformers truststore typer typing-extensions \
+	  typing-inspection urllib3 wcwidth
 
 links:  # wanmoe as an import without an installation
 	@mkdir -p .types/wanmoe && for room in $(ROOMS); do ln -sfn "../../$$room" ".types/wanmoe/$$room"; done

@@ -69,7 +69,7 @@ def block(
     device: Device = None,
 ) -> None:
     """One adapted DiT block, forward and backward: ours, and that of diffusers with PEFT."""
-    from ..kernels.bench.benchmark import Options, default_folder, publish
+    from ..kernels.bench.benchmark import Options, default_folder, keep_and_publish
     from ..moe_lora.wan.config import WanConfig
     from .bench_peers import block_run
     from .cli import chosen_device
@@ -78,7 +78,7 @@ def block(
     gpu = place.type == "cuda"
     config = WanConfig.preset(preset or ("t2v-A14B" if gpu else "t2v-1.3B"))
     grids = parse_grids(tokens or ("21x16x16" if gpu else "2x8x8"))
-    run = block_run(
+    runs = block_run(
         Options(argv=["wanmoe", *sys.argv[1:]]),
         config,
         grids,
@@ -88,7 +88,7 @@ def block(
         compiled=gpu if compiled is None else compiled,
         say=typer.echo,
     )
-    raise typer.Exit(publish(run, out or default_folder(place), typer.echo))
+    raise typer.Exit(keep_and_publish(runs, out or default_folder(place), typer.echo))
 
 
 @app.command()

@@ -200,7 +200,9 @@ def _adapted_block(
             # Products of unit size, norms near one, biases small against both.
             fan_in = parameter.shape[-1]
             std = fan_in**-0.5 if parameter.ndim > 1 else 0.02 if name.endswith("bias") else 0.1
-            parameter.normal_(std=std, generator=generator)
+            # Drawn wide: the values are then the same, but for rounding, in every dtype.
+            wide = parameter.new_empty(parameter.shape, dtype=torch.promote_types(dtype, torch.float32))
+            parameter.copy_(wide.normal_(std=std, generator=generator))
             if "norm" in name and name.endswith("weight"):
                 parameter.add_(1)
     dit.blocks[0] = block

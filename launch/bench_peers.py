@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from ..kernels.bench.measure import FAULTS, Subject, reason, timed_rows
 from ..kernels.bench.memory import peak_bytes, poisoned
 from ..kernels.bench.provenance import gpu_state, provenance
 from ..kernels.bench.record import Row, Run
-from ..kernels.bench.timing import CPU, GPU, Protocol, Timed
+from ..kernels.bench.timing import CPU, QUICK, Protocol, Timed
 from ..kernels.bench.truth import Verdict
 from ..kernels.bench.variants import Prepared, Variant
 from ..moe_lora.wan.config import WanConfig
@@ -90,35 +90,42 @@ def block_run(
     suite: str,
     compiled: bool,
     say: Callable[[str], object],
-) -> Run:
-    """One adapted block, ours and diffusers + PEFT, forward and backward, for each token grid F, H, W.
+) -> Iterator[Run]:
+    """One adapted block, ours and diffusers + PEFT, forward and backward, for each token grid F, H, W: the
+    run so far, after each mode.
 
-    compiled: also both under torch.compile. `_ERRORS` says what errors are.
+    compiled: also both under torch.compile, after the others. `_ERRORS` says what errors are.
     """
-    protocol = GPU if device.type == "cuda" else CPU
+    protocol = QUICK if device.type == "cuda" else CPU
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     about, states = provenance(device, list(options.argv)), [gpu_state(device)]
     began = time.monotonic()
     rows: list[Row] = []
+    total = len(grids) * len(MODES) * (1 + compiled)
+    done = 0
     for grid in grids:
         torch.compiler.reset()
         variants = block_variants(config, grid, text_len, 1, device, dtype, 0)
-        rows += _block_rows(variants, grid, config, device, protocol, compiled)
-        states.append(gpu_state(device))
-        say(f"block of {math.prod(grid)} tokens, {time.monotonic() - began:.0f} s")
+        for some in _block_rows(variants, grid, config, device, protocol, compiled):
+            rows += some
+            done += 1
+            states.append(gpu_state(device))
+            seconds = time.monotonic() - began
+            say(f"{done}/{total} {some[0].group} ({some[0].mode}), {seconds:.0f} s")
+            configuration = {
+                "protocol": asdict(protocol),
+                "dtype": str(dtype).removeprefix("torch."),
+                "block": asdict(config),
+                "grids": [list(grid) for grid in grids],
+                "text_len": text_len,
+                "errors": _ERRORS,
+                "complete": done == total,
+                "seconds": round(seconds, 1),
+            }
+            yield Run(suite, about | {"gpu_states": [*states]}, configuration, None, tuple(rows))
         del variants
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    configuration = {
-        "protocol": asdict(protocol),
-        "dtype": str(dtype).removeprefix("torch."),
-        "block": asdict(config),
-        "grids": [list(grid) for grid in grids],
-        "text_len": text_len,
-        "errors": _ERRORS,
-        "seconds": round(time.monotonic() - began, 1),
-    }
-    return Run(suite, about | {"gpu_states": states}, configuration, None, tuple(rows))
 
 
 def _block_rows(
@@ -128,37 +135,52 @@ def _block_rows(
     device: torch.device,
     protocol: Protocol,
     compiled: bool,
-) -> list[Row]:
+) -> Iterator[list[Row]]:
+    """The rows of each mode: first of the eager blocks, then, beside the frozen one, of the compiled ones."""
     tokens = math.prod(grid)
-    taken = {name: variant for name, variant in variants.items() if compiled or not name.endswith("compiled")}
-    ran = _run_all(taken, device)
     truth = block_truth(variants["wanmoe"])
-    rows: list[Row] = []
-    for mode in MODES:
-        title = f"block: dim {config.dim}, ffn {config.ffn_dim}, {tokens} tokens"
-        blank = Row(f"block-n{tokens}", title, mode, "", "absent", linear="block", tokens=tokens, clips=1)
-        subjects = []
-        for name, variant in taken.items():
-            why_not = variant.why_not or ran.failed.get(name)
-            if why_not is not None:
-                status = "FAILED" if name in ran.failed and why_not != "out of memory" else "absent"
-                absent = replace(blank, variant=name, status=status, note=why_not)
-                subjects.append(Subject(name, absent=absent))
-                continue
-            verdict = _verdict(name, mode, ran, truth)
-            subject = Subject(name, timed=_timed(name, variant, mode), verdict=verdict)
-            subjects.append(replace(subject, peak=ran.peaks.get((name, mode))))
-            if name == _FROZEN:
-                subjects.append(Subject(_FROZEN_AGAIN, timed=_timed(_FROZEN_AGAIN, variant, mode)))
-        rows += timed_rows(
-            subjects,
-            lambda adapted, blank=blank: blank,  # type: ignore[misc]
-            device=device,
-            sets=1,
-            ceilings=None,
-            protocol=protocol,
-            frozen=_FROZEN,
-        )
+    ran = _Ran({}, {}, {}, {})
+    for kind in ("", " compiled") if compiled else ("",):
+        taken = {n: v for n, v in variants.items() if n == _FROZEN or n.endswith("compiled") == bool(kind)}
+        _run_all(taken, device, ran)
+        title = f"block{kind}: dim {config.dim}, ffn {config.ffn_dim}, {tokens} tokens"
+        slug = f"block-n{tokens}{kind.replace(' ', '-')}"
+        blank = Row(slug, title, "", "", "absent", linear="block", tokens=tokens, clips=1)
+        for mode in MODES:
+            yield _mode_rows(taken, mode, replace(blank, mode=mode), ran, truth, device, protocol)
+
+
+def _mode_rows(
+    taken: Mapping[str, BlockVariant],
+    mode: str,
+    blank: Row,
+    ran: _Ran,
+    truth: BlockTruth,
+    device: torch.device,
+    protocol: Protocol,
+) -> list[Row]:
+    subjects = []
+    for name, variant in taken.items():
+        why_not = variant.why_not or ran.failed.get(name)
+        if why_not is not None:
+            status = "FAILED" if name in ran.failed and why_not != "out of memory" else "absent"
+            absent = replace(blank, variant=name, status=status, note=why_not)
+            subjects.append(Subject(name, absent=absent))
+            continue
+        verdict = _verdict(name, mode, ran, truth)
+        subject = Subject(name, timed=_timed(name, variant, mode), verdict=verdict)
+        subjects.append(replace(subject, peak=ran.peaks.get((name, mode))))
+        if name == _FROZEN:
+            subjects.append(Subject(_FROZEN_AGAIN, timed=_timed(_FROZEN_AGAIN, variant, mode)))
+    rows = timed_rows(
+        subjects,
+        lambda adapted: blank,
+        device=device,
+        sets=1,
+        ceilings=None,
+        protocol=protocol,
+        frozen=_FROZEN,
+    )
     return [_beside_ours(row, rows) for row in rows]
 
 
@@ -173,8 +195,8 @@ class _Ran(NamedTuple):
     """Peak memory by name and mode."""
 
 
-def _run_all(taken: Mapping[str, BlockVariant], device: torch.device) -> _Ran:
-    ran = _Ran({}, {}, {}, {})
+def _run_all(taken: Mapping[str, BlockVariant], device: torch.device, ran: _Ran) -> None:
+    """Adds what these blocks give to `ran`."""
     for name, variant in taken.items():
         if variant.why_not is not None:
             continue
@@ -189,18 +211,18 @@ def _run_all(taken: Mapping[str, BlockVariant], device: torch.device) -> _Ran:
             ran.failed[name] = "out of memory"
         except FAULTS as error:
             ran.failed[name] = reason(error)
-    return ran
 
 
 def _timed(name: str, variant: BlockVariant, mode: str) -> Timed:
-    def graph(index: int) -> Tensor:
+    def backward(out: Tensor) -> None:
+        # The gradient of x is shared with the other blocks, which ran since the forward.
         variant.clear()
-        return variant.graph()
+        variant.backward(out)
 
     if mode == "fwd":
         return Timed(name, lambda index: None, lambda given: variant.forward())
     if mode == "bwd":
-        return Timed(name, graph, variant.backward)
+        return Timed(name, lambda index: variant.graph(), backward)
     return Timed(name, lambda index: variant.clear(), lambda given: variant.step())
 
 

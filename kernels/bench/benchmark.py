@@ -20,7 +20,7 @@ from .report import folder_page, modelled_text, run_text, unmeasured
 from .suites import SUITES, Group, Suite, chosen
 from .variants import FROZEN, FROZEN_AGAIN, LOOP, Prepared, Variant, linear_variants
 
-__all__ = ["Options", "Peers", "flushed", "keep", "publish", "run_linear", "run_suite"]
+__all__ = ["Options", "Peers", "flushed", "keep_and_publish", "run_linear", "run_suite"]
 
 Peers = Callable[[Problem], Sequence[Variant]]
 """Other people's implementations of a problem; they come from outside, since kernels import none of them."""
@@ -50,9 +50,8 @@ def flushed(line: str) -> None:
 def run_linear(
     options: Options, peers: Peers = lambda problem: (), say: Callable[[str], object] = flushed
 ) -> int:
-    """Runs a suite, writes its files and prints its tables.
+    """Runs a suite, writes its files and prints its tables; returns the exit code of `keep_and_publish`.
 
-    Returns: the exit code: 1 when a row is FAILED, that is wrong or broken, otherwise 0. Speed never decides.
     Raises: ValueError for an unknown suite, pattern or variant.
     """
     device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,10 +61,7 @@ def run_linear(
     if name != "cpu" and device.type != "cuda":
         raise ValueError(f"suite {name} needs a CUDA device and this is {device.type}; use the suite cpu")
     folder = options.out or default_folder(device)
-    for run in run_suite(SUITES[name], options, device, peers, say):
-        # After every group, so that an interrupted run keeps what it measured.
-        keep(run, folder)
-    return publish(run, folder, say)
+    return keep_and_publish(run_suite(SUITES[name], options, device, peers, say), folder, say)
 
 
 def run_suite(
@@ -96,6 +92,27 @@ def run_suite(
             "seconds": round(seconds, 1),
         }
         yield Run(suite.name, about | {"gpu_states": [*states]}, configuration, ceilings, tuple(rows))
+
+
+def keep_and_publish(runs: Iterator[Run], folder: Path, say: Callable[[str], object]) -> int:
+    """Writes each state of a run as it comes, and publishes the last one.
+
+    Returns: 1 when a row is FAILED, that is wrong or broken, 130 when the run was interrupted, otherwise 0.
+    Speed never decides. Raises: KeyboardInterrupt when nothing was measured before it.
+    """
+    run: Run | None = None
+    interrupted = False
+    try:
+        for run in runs:
+            keep(run, folder)
+    except KeyboardInterrupt:
+        if run is None:
+            raise
+        say("interrupted: this is what was measured until then")
+        interrupted = True
+    if run is None:
+        raise ValueError("nothing was measured: the suite has no rows")
+    return publish(run, folder, say) or (130 if interrupted else 0)
 
 
 def publish(run: Run, folder: Path, say: Callable[[str], object]) -> int:

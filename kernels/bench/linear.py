@@ -53,10 +53,6 @@ class Mode(NamedTuple):
     input_grad: bool = True
     gate_grad: bool = False
 
-    @property
-    def trains(self) -> bool:
-        return self.backward
-
 
 MODES = {
     mode.name: mode

@@ -138,7 +138,7 @@ def _commit() -> dict[str, Any] | None:
     commit = _output([*git, "rev-parse", "HEAD"])
     if commit is None:
         return None
-    return {"hash": commit, "dirty": bool(_output([*git, "status", "--porcelain"]))}
+    return {"hash": commit, "dirty": bool(_output([*git, "status", "--porcelain", "--untracked-files=no"]))}
 
 
 def _output(command: list[str]) -> str | None:

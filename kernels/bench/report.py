@@ -9,6 +9,7 @@ from textwrap import fill
 from typing import Any
 
 from . import model
+from .ceilings import Ceilings
 from .record import Row, Run, read_run, write_text
 
 __all__ = ["folder_page", "markdown", "modelled_text", "run_text", "unmeasured"]
@@ -30,12 +31,14 @@ COLUMNS = (
 )
 LEGEND = """\
 over %: time over the frozen linear (or block) of the same mode. model %: what counting bytes predicts from
-this run's ceilings. GB/s: bytes that must move, over the time. floor %: time at the ceilings over the time. graph ms:
-replayed as a CUDA graph; far below ms, the host is what takes the time. peak: memory above the start; saved:
-activations kept for the backward. error: {errors}. x eager: over the error of the eager loop, at most 1.2 is
-wanted; !: more, but within rounding. *: fastest with adapters, its p80 below the others' p20. Noise: of the
-frozen linear, timed twice under two names."""
+this run's ceilings. GB/s: bytes that must move, over the time. floor %: time at the ceilings, each the best
+of its repeats, over the time. graph ms: replayed as a CUDA graph; far below ms, the host is what takes the
+time. peak: memory above the start; saved: activations kept for the backward. error: {errors}. x eager: over
+the error of the eager loop, at most 1.2 is wanted; !: more, but within rounding. *: fastest with adapters,
+its p80 below the others' p20. Noise: of the frozen linear, timed twice under two names."""
 ERRORS = "of the worst tensor against fp64, an output's or dx's over the norm of the adapters' part alone"
+_NOISY = 10.0
+"""Percent of noise above which a row is not called the fastest, and a warning is printed."""
 _RESET, _BOLD, _RED, _GREEN, _DIM = "\033[0m", "\033[1m", "\033[31m", "\033[32m", "\033[2m"
 
 
@@ -43,7 +46,7 @@ def run_text(run: Run, *, colour: bool = False) -> str:
     """The whole run for a terminal."""
     parts = [summary_line(run)]
     if run.ceilings is not None:
-        parts.append(ceilings_text(run))
+        parts.append(ceilings_text(run.ceilings))
     for title, rows in _tables(run.rows):
         parts.append(_terminal_table(title, rows, colour))
     parts.append(f"\n{legend(run)}")
@@ -68,9 +71,7 @@ def legend(run: Run) -> str:
     return fill(LEGEND.format(errors=run.configuration.get("errors", ERRORS)), 110)
 
 
-def ceilings_text(run: Run) -> str:
-    ceilings = run.ceilings
-    assert ceilings is not None
+def ceilings_text(ceilings: Ceilings) -> str:
     unit = (lambda v: f"{v:.0f}") if ceilings.tflops >= 10 else (lambda v: f"{v:.3g}")
     shapes = ", ".join(f"{m.tokens} x {m.d_in} x {m.d_out}: {unit(m.tflops)}" for m in ceilings.matmuls)
     return (
@@ -105,7 +106,8 @@ def markdown(run: Run, stem: str) -> str:
     parts = [f"## {run.suite}: {run.provenance['device']}", "", summary_line(run) + ".", ""]
     parts += [f"Command: `{run.provenance['command']}`; data: [{stem}.json]({stem}.json)", ""]
     if run.ceilings is not None:
-        parts += [ceilings_text(run)[0].upper() + ceilings_text(run)[1:] + ".", ""]
+        shown = ceilings_text(run.ceilings)
+        parts += [f"{shown[0].upper()}{shown[1:]}.", ""]
     states = [state for state in run.provenance.get("gpu_states", []) if state]
     if states:
         shown = ", ".join(f"{key} {value}" for key, value in states[-1].items() if key != "name")
@@ -121,6 +123,7 @@ def markdown(run: Run, stem: str) -> str:
             cells = _cells(row, best)
             parts.append(f"| {' | '.join(cells[name] for name in columns)} |")
         parts.append("")
+        parts += [line.strip() + "\n" for line in _verdict_lines(rows)]
         parts += _absent_lines(rows)
         parts.append("")
     return "\n".join([*parts, *_failures(run), ""])
@@ -175,7 +178,24 @@ def _best(rows: Sequence[Row]) -> str | None:
     if len(right) < 2 or right[0].ms is None:
         return None
     others = min(row.ms["p20"] for row in right[1:] if row.ms)
+    if (noise_pct(rows) or 0.0) > _NOISY:
+        return None
     return right[0].variant if right[0].ms["p80"] < others else None
+
+
+def _verdict_lines(rows: Sequence[Row]) -> list[str]:
+    """What a user gets (auto, on the CPU packed) beside the peers, in one line, and a warning of noise."""
+    ms = {row.variant: row.ms["median"] for row in rows if row.ms and row.status == "ok"}
+    ours = next((name for name in ("auto", "packed") if name in ms), None)
+    peers = [name for name in ("PEFT", "PEFT compiled", "loop", "loop compiled") if name in ms]
+    lines = []
+    if ours is not None and peers:
+        shares = ", ".join(f"{ms[ours] / ms[peer]:.2f} x {peer}" for peer in peers)
+        lines.append(f"  {ours} takes {shares}")
+    noise = noise_pct(rows)
+    if noise is not None and noise > _NOISY:
+        lines.append(f"  noise of {noise:.0f} %: differences below that mean nothing; run on a quiet machine")
+    return lines
 
 
 def _cells(row: Row, best: str | None) -> dict[str, str]:
@@ -216,7 +236,7 @@ def _terminal_table(title: str, rows: Sequence[Row], colour: bool) -> str:
             tint = _RED if row.status == "FAILED" else _GREEN if row.variant == best else ""
             lines[place] = f"{tint}{lines[place]}{_RESET}" if tint else lines[place]
         title = f"{_BOLD}{title}{_RESET}"
-    return "\n".join(["", title, *lines, *_absent_lines(rows)])
+    return "\n".join(["", title, *lines, *_verdict_lines(rows), *_absent_lines(rows)])
 
 
 def _absent_lines(rows: Sequence[Row]) -> list[str]:

@@ -28,10 +28,12 @@ class Protocol:
     least: int = 5
     """Repeats that are made whatever the budget says."""
     budget_s: float | None = None
-    """Seconds that the timed rounds may take together; None: all repeats are made."""
+    """Seconds that the timed rounds may take together, and the warm-up a quarter of it; None: no limit."""
 
 
-GPU = Protocol()
+GPU = Protocol(least=9, budget_s=60.0)
+QUICK = Protocol(least=9, budget_s=5.0)
+"""All repeats on a large card; a slow one comes to an end."""
 CPU = Protocol(warmup=3, repeats=25, least=9, budget_s=15.0)
 
 
@@ -43,7 +45,7 @@ class Timed:
     before: Callable[[int], Any]
     run: Callable[[Any], object]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """Entered around both, outside the timed part."""
+    """Entered around each of the two, outside the timed part."""
 
 
 def interleaved(
@@ -54,19 +56,23 @@ def interleaved(
     once = _once_cuda if device.type == "cuda" else _once_cpu
     count = 0
 
-    def round_of(order: Sequence[Timed]) -> dict[str, Callable[[], float]]:
+    def before(variant: Timed) -> Any:
         nonlocal count
+        count += 1
+        with variant.context():
+            return variant.before((count - 1) % sets)
+
+    def round_of(order: Sequence[Timed]) -> dict[str, Callable[[], float]]:
         read: dict[str, Callable[[], float]] = {}
-        for variant in order:
-            read[variant.name] = once(variant, count % sets)
-            count += 1
+        given = before(order[0])
+        for variant, after in zip(order, [*order[1:], None], strict=True):
+            # One ahead: between a forward and its timed backward lies another's forward on another input set.
+            ahead = before(after) if after else None
+            read[variant.name] = once(variant, given)
+            given = ahead
         return read
 
-    began = time.perf_counter()
-    for _ in range(protocol.warmup):
-        round_of(variants)
-    _finish(device)
-    spent = (time.perf_counter() - began) / max(protocol.warmup, 1)
+    spent = _warm_up(lambda: round_of(variants), device, protocol)
     repeats = protocol.repeats
     if protocol.budget_s is not None:
         repeats = min(repeats, max(protocol.least, int(protocol.budget_s / max(spent, 1e-9))))
@@ -75,24 +81,35 @@ def interleaved(
     return {variant.name: [read[variant.name]() for read in rounds] for variant in variants}
 
 
-def _once_cuda(variant: Timed, index: int) -> Callable[[], float]:
+def _warm_up(one_round: Callable[[], object], device: torch.device, protocol: Protocol) -> float:
+    """Runs the rounds that do not count, within their share of the budget; returns seconds of the last."""
+    began, spent = time.perf_counter(), 0.0
+    for _ in range(protocol.warmup):
+        last = time.perf_counter()
+        one_round()
+        _finish(device)
+        spent = time.perf_counter() - last
+        if protocol.budget_s is not None and time.perf_counter() - began > 0.25 * protocol.budget_s:
+            break
+    return spent
+
+
+def _once_cuda(variant: Timed, given: Any) -> Callable[[], float]:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with variant.context():
-        given = variant.before(index)
         start.record()
         result = variant.run(given)
         end.record()
-    del result, given
+    del result
     return lambda: float(start.elapsed_time(end))
 
 
-def _once_cpu(variant: Timed, index: int) -> Callable[[], float]:
+def _once_cpu(variant: Timed, given: Any) -> Callable[[], float]:
     with variant.context():
-        given = variant.before(index)
         began = time.perf_counter()
         result = variant.run(given)
         taken = 1e3 * (time.perf_counter() - began)
-    del result, given
+    del result
     return lambda: taken
 
 

@@ -70,7 +70,7 @@ def linear_variants(problem: Problem, device: torch.device) -> list[Variant]:
     ]
     if len(problem.parts) > 1:
         place = next(i for i, variant in enumerate(variants) if variant.name == "merged per call")
-        variants.insert(place, Variant("auto, one by one", _one_by_one))
+        variants.insert(place, Variant("auto one by one", _one_by_one))
     return variants
 
 

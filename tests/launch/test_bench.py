@@ -93,6 +93,45 @@ def test_block_measures_ours_and_says_what_the_peer_needs(call, tmp_path):
     assert "at twice the precision" in (tmp_path / "README.md").read_text()
 
 
+def test_an_interrupted_block_keeps_the_modes_before(call, tmp_path, monkeypatch):
+    def rows(taken, mode, *rest):
+        if mode == "bwd":
+            raise KeyboardInterrupt
+        return mode_rows(taken, mode, *rest)
+
+    mode_rows = bench_peers._mode_rows
+    monkeypatch.setattr(bench_peers, "_mode_rows", rows)
+    done = call("block", "--device", "cpu", "--preset", "tiny", "--tokens", "2x2x3", "--out", tmp_path)
+    assert done.exit_code == 130, done.output
+    (path,) = tmp_path.glob("block-*.json")
+    found = read_run(path)
+    assert {row.mode for row in found.rows} == {"fwd"} and not found.configuration["complete"]
+    assert path.with_suffix(".png").exists()
+
+
+def test_compiled_blocks_are_a_group_of_their_own_after_the_others(call, tmp_path, monkeypatch):
+    def variants(*given, **more):
+        return block_variants(*given, **more, compiler="eager")
+
+    block_variants = bench_peers.block_variants
+    monkeypatch.setattr(bench_peers, "block_variants", variants)
+    words = ("--preset", "tiny", "--tokens", "1x2x2", "--compiled", "--out", tmp_path)
+    done = call("block", "--device", "cpu", *words)
+    assert done.exit_code == 0, done.output
+    (path,) = tmp_path.glob("block-*.json")
+    found = read_run(path)
+    assert found.configuration["complete"]
+    assert list(dict.fromkeys(row.group for row in found.rows)) == ["block-n4", "block-n4-compiled"]
+    compiled = [row for row in found.rows if row.group == "block-n4-compiled" and row.mode == "bwd"]
+    assert {row.variant for row in compiled} == {
+        "wanmoe compiled", "wanmoe frozen", "wanmoe frozen again", "diffusers + PEFT compiled",
+    }  # fmt: skip
+    ours = next(row for row in compiled if row.variant == "wanmoe compiled")
+    assert ours.status == "ok" and ours.ratio
+    if find_spec("peft") is not None:
+        assert ours.error_ratio is not None
+
+
 def test_a_block_far_from_the_truth_is_wrong():
     torch.manual_seed(0)
     y, frozen, grad = torch.randn(3, 4), torch.randn(3, 4), torch.randn(2, 2)

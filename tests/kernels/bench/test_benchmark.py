@@ -92,12 +92,14 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path):
             raise KeyboardInterrupt
         return []
 
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, peers=peers)
+    code, said = run(tmp_path, peers=peers)
+    assert code == 130 and "interrupted: this is what was" in said and "suite cpu (interrupted)" in said
     (path,) = tmp_path.glob("*.json")
+    assert path.with_suffix(".png").exists() and "(interrupted)" in (tmp_path / "README.md").read_text()
     found = read_run(path)
     assert {row.linear for row in found.rows} == {"q"} and not found.configuration["complete"]
-    assert "suite cpu (interrupted)" in run_text(found)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "nothing", peers=peers, rows="qkv-")
 
 
 def test_variants_are_chosen_by_name_and_the_yardsticks_always_run(tmp_path):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from wanmoe.kernels.bench.ceilings import Ceilings, MatmulCeiling
-from wanmoe.kernels.bench.linear import GATES, MODES, Part, Problem, make_inputs
+from wanmoe.kernels.bench.linear import GATES, LINEARS, MODES, Part, Problem, make_inputs
 from wanmoe.kernels.bench.measure import measure_group, modelled_ms
 from wanmoe.kernels.bench.suites import SUITES, Group, chosen
 from wanmoe.kernels.bench.timing import Protocol
@@ -85,7 +85,7 @@ def test_every_right_variant_passes_in_every_mode(dtype):
     rows = measured(TRIO, MODES, dtype=dtype)
     assert {row.mode for row in rows} == set(MODES)
     assert [row for row in rows if row.status == "FAILED"] == []
-    for name in ("frozen", "frozen again", "loop", "packed", "auto", "auto, one by one"):
+    for name in ("frozen", "frozen again", "loop", "packed", "auto", "auto one by one"):
         for mode in MODES:
             row = row_of(rows, name, mode)
             assert row.status == "ok" and row.ms and len(row.samples) == 2, row
@@ -211,6 +211,20 @@ def test_suites_hold_what_the_specification_asks_for():
         assert len(names) == len(set(names))
         for group in suite.groups:
             assert group.problem.all_tokens % group.problem.gate_rows == 0
+
+
+def test_the_quick_suite_begins_with_qkv_and_compiles_nothing_but_kernels():
+    quick = SUITES["quick"].groups
+    assert quick[0].problem.slug.startswith("qkv-n5376-b1-clip")
+    assert not any(group.takes(name) for group in quick for name in ("loop compiled", "PEFT compiled"))
+    names = {f"{group.problem.slug}/{mode.name}" for group in quick for mode in group.modes}
+    both = {f"{name}-n5376-b1-clip/{m}" for name in LINEARS if name != "kv" for m in ("fwd", "fwd+bwd")}
+    assert names >= both | {
+        "qkv-n21504-b1-clip/fwd+bwd",
+        "k-n5376-b1-frame/fwd+bwd",
+        "q-n5376-b1-clip/router",
+    }
+    assert len(names) <= 20
 
 
 def test_rows_are_chosen_by_pattern():

@@ -7,9 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from wanmoe.kernels.bench import ceilings
 from wanmoe.kernels.bench.ceilings import measure_ceilings
 from wanmoe.kernels.bench.memory import peak_bytes, poisoned, saved_bytes
 from wanmoe.kernels.bench.timing import (
+    GPU,
+    QUICK,
     Protocol,
     Timed,
     graph_times,
@@ -58,7 +61,26 @@ def test_what_is_not_timed_runs_before_and_the_context_around_both():
 
     one = Timed("one", lambda index: log.append("before"), lambda given: log.append("run"), around)
     interleaved([one], device=CPU, sets=1, protocol=Protocol(warmup=0, repeats=2))
-    assert log == ["in", "before", "run", "out"] * 2
+    assert log == ["in", "before", "out", "in", "run", "out"] * 2
+
+
+def test_between_a_forward_and_its_timed_backward_lies_the_next_ones_forward():
+    log = []
+
+    def logged(name):
+        return Timed(name, lambda i: log.append(f"{name} forward {i}"), lambda given: log.append(name))
+
+    interleaved([logged("a"), logged("b")], device=CPU, sets=2, protocol=Protocol(warmup=1, repeats=0))
+    assert log == ["a forward 0", "b forward 1", "a", "b"]
+
+
+def test_a_budget_ends_the_warm_up_too():
+    log = []
+    slow = Timed("slow", log.append, lambda given: sum(range(100_000)))
+    interleaved([slow], device=CPU, sets=1, protocol=Protocol(warmup=1000, repeats=1, least=1, budget_s=1e-6))
+    assert len(log) == 2
+    assert all(protocol.warmup >= 25 and protocol.repeats >= 100 for protocol in (GPU, QUICK))
+    assert QUICK.budget_s < GPU.budget_s
 
 
 def test_percentiles():
@@ -99,6 +121,14 @@ def test_ceilings_are_positive_and_name_their_shapes():
     by_arithmetic = found.floor_ms(found.tflops * 1e12, 0)
     assert by_arithmetic == pytest.approx(1e3)
     assert found.floor_ms(0, 2 * found.copy_tbps * 1e12) == pytest.approx(2e3)
+
+
+def test_nothing_is_faster_than_its_ceiling(monkeypatch):
+    times = {"rows": [3.0, 2.0, 9.0], "columns": [4.0, 1.0, 9.0], "copy": [5.0, 2.5, 9.0]}
+    monkeypatch.setattr(ceilings, "interleaved", lambda timed, **_: {t.name: times[t.name] for t in timed})
+    found = measure_ceilings([(8, 16, 4)], dtype=torch.float32, device=CPU, protocol=GPU, copy_bytes=1000)
+    assert found.tflops == pytest.approx(2 * 8 * 16 * 4 / 1.0 / 1e9)
+    assert found.copy_tbps == pytest.approx(2 * 1000 / 2.5 / 1e9)
 
 
 def test_input_sets_on_the_cpu():
