@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,8 +111,21 @@ def init_distributed(timeout_minutes: int = 30) -> tuple[int, int, torch.device]
     deepspeed.init_distributed(
         dist_backend=backend, verbose=False, timeout=datetime.timedelta(minutes=timeout_minutes)
     )
+    _drop_shared_buffer(dist.get_rank())
     device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def _drop_shared_buffer(rank: int) -> None:
+    """Takes the name from the buffer of DeepSpeed's CPU collectives, which would outlive the job: 66 MB a
+    rank.
+
+    Every rank has mapped it when all have come through the initialisation; it goes with the last of them.
+    """
+    dist.barrier()
+    port = os.environ.get("MASTER_PORT", "")
+    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_{rank}"):
+        left.unlink(missing_ok=True)
 
 
 def deepspeed_config(

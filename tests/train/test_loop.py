@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +68,16 @@ def test_each_stage_changes_its_own_part_and_keeps_the_rest_bit_equal(stages):
     assert all(value.any() for name, value in files["a"].items() if "base_" in name)
     assert not any(value.any() for name, value in files["a"].items() if name.endswith("expert_up"))
     assert all(value.any() for name, value in files["c"].items())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the shared buffers are those of the CPU collectives")
+def test_no_shared_memory_outlives_a_job(launcher, stages, tmp_path):
+    tree = stages[1]["a"][0] | {"tracking": {"enabled": False}}
+    port = launcher.free_port()
+    tree["launch"] = {"ranks": 2, "master_port": port}
+    tree["train"] = tree["train"] | {"run": str(tmp_path / "run"), "steps": 1}
+    launcher.run(tree, tmp_path / "config.toml")
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
 
 
 def test_the_prefix_is_said_and_the_loss_falls(stages):
