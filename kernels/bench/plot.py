@@ -29,6 +29,8 @@ _COLOURS = {
 _POINTS = ("frozen", "loop", "packed", "auto")
 _BAR_MODES = {"fwd": "forward", "fwd+bwd": "forward and backward"}
 _SLOW = ("loop", "loop compiled", "PEFT", "PEFT compiled")
+_NEVER_CUT = 60.0
+"""Percent up to which a bar keeps its length, so that lengths can be compared."""
 _CLIP = 1.25
 """The bars end at this multiple of the largest overhead that is not one of these."""
 
@@ -133,7 +135,7 @@ def _bar_groups(rows: Sequence[Row], mode: str) -> list[list[Row]]:
 
 def _overheads(axes: Any, groups: Sequence[Sequence[Row]], what: str) -> None:
     ours = [_spread(row)[1] for group in groups for row in group if row.variant not in _SLOW]
-    limit = _CLIP * max([*ours, 5.0])
+    limit = max(_NEVER_CUT, _CLIP * max([*ours, 0.0]))
     least = min([0.0, *(_spread(row)[0] for group in groups for row in group)])
     place, ticks, labels = 0.0, [], []
     for group in groups:
