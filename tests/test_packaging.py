@@ -61,7 +61,9 @@ def files() -> list[str]:
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("needs git and a git checkout, to know which files belong to the project")
     listed = run("git", "ls-files", "-co", "--exclude-standard", "-z", cwd=ROOT).split("\0")
-    return sorted(name for name in set(listed) if (ROOT / name).is_file())
+    # Benchmark results are for readers of the repository; nothing that runs reads them.
+    kept = {name for name in listed if not name.startswith("kernels/bench/results/")}
+    return sorted(name for name in kept if (ROOT / name).is_file())
 
 
 @pytest.fixture(scope="module")
