@@ -111,7 +111,8 @@ def init_distributed(timeout_minutes: int = 30) -> tuple[int, int, torch.device]
     deepspeed.init_distributed(
         dist_backend=backend, verbose=False, timeout=datetime.timedelta(minutes=timeout_minutes)
     )
-    _drop_shared_buffer(dist.get_rank())
+    if backend == "gloo":
+        _drop_shared_buffer(dist.get_rank())
     device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
     return dist.get_rank(), dist.get_world_size(), device
 

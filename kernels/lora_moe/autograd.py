@@ -129,48 +129,14 @@ def lora_moe_backward(
                 dys, x, weights, h, packs, columns, tokens_per_row, want_x, want_gates, want_adapter
             )
     else:
-        out = _backward(dys, x, weights, h, packs, columns, tokens_per_row, want_x, want_gates, want_adapter)
+        out = packed.backward(
+            dys, x, weights, h, packs, columns, tokens_per_row, want_x, want_gates, want_adapter
+        )
     for dy, weight_wanted, bias_wanted in zip(dys, want_weight, want_bias, strict=True):
         if weight_wanted:
             out.append(dy.t() @ x)
         if bias_wanted:
             out.append(dy.sum(0))
-    return out
-
-
-def _backward(
-    dys: list[Tensor],
-    x: Tensor,
-    weights: list[Tensor],
-    h: Tensor,
-    packs: Packed,
-    columns: Layout,
-    tokens_per_row: int,
-    want_x: bool,
-    want_gates: bool,
-    want_adapter: bool,
-) -> list[Tensor]:
-    """The adapter's part of the backward by library matrix products."""
-    parts = [
-        packed.up_backward(
-            dy,
-            packs.ups[j],
-            h[:, columns.columns(j)],
-            packs.gates[:, columns.columns(j)],
-            tokens_per_row,
-            want_gates=want_gates,
-            want_adapter=want_adapter,
-        )
-        for j, dy in enumerate(dys)
-    ]
-    dh = torch.cat([part[0] for part in parts], dim=1) if len(parts) > 1 else parts[0][0]
-    out = []
-    if want_x:
-        out.append(packed.input_backward(dys, weights, dh, packs.down))
-    if want_gates:
-        out.append(torch.cat([part[2] for part in parts if part[2] is not None], dim=1))
-    if want_adapter:
-        out += [packed.down_backward(dh, x), *(part[1] for part in parts if part[1] is not None)]
     return out
 
 

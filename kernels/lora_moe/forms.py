@@ -6,6 +6,7 @@ Letters: N tokens, G gate rows, R packed columns of one linear, W packed width o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,36 +126,34 @@ def backward(
     want_gates: bool,
     want_adapter: bool,
 ) -> list[Tensor]:
-    """The adapter's part of the backward: dx, d_gates [G, W], d_down [W, d_in] and d_up of each linear."""
+    """`packed.backward` with the kernels that the plan names in the place of library products."""
     plan = table.plan_for(x, [weight.shape[0] for weight in weights], columns.width)
-    dh = torch.empty_like(h)
-    end = columns.starts[-1] + columns.widths[-1]
-    if end < columns.width:
-        dh[:, end:].zero_()
-    d_gates = torch.zeros_like(packs.gates) if want_gates else None
-    d_ups: list[Tensor | None] = []
-    d_up: Tensor | None
-    for j, dy in enumerate(dys):
-        at = columns.columns(j)
-        parts = h[:, at], packs.gates[:, at]
-        launch = plan.launch("up_grad", columns.widths[j])
-        if launch is not None and want_adapter:
-            d_up, of_gates = _up_grad(dy, packs.ups[j], *parts, dh[:, at], tokens_per_row, launch, want_gates)
-        else:
-            dh[:, at], d_up, of_gates = packed.up_backward(
-                dy, packs.ups[j], *parts, tokens_per_row, want_gates=want_gates, want_adapter=want_adapter
-            )
-        d_ups.append(d_up)
-        if d_gates is not None and of_gates is not None:
-            d_gates[:, at] = of_gates
-    out = [_input_grad(dys, weights, dh, packs.down, plan.launch("dx", columns.width))] if want_x else []
-    if d_gates is not None:
-        out.append(d_gates)
-    if want_adapter:
-        launch = plan.launch("down_grad", columns.width)
-        d_down = packed.down_backward(dh, x) if launch is None else _down_grad(dh, x, launch)
-        out += [d_down, *(d_up for d_up in d_ups if d_up is not None)]
-    return out
+    down, dx = plan.launch("down_grad", columns.width), plan.launch("dx", columns.width)
+
+    def up_backward(
+        dy: Tensor,
+        up: Tensor,
+        h: Tensor,
+        gates: Tensor,
+        dh: Tensor,
+        tokens_per_row: int,
+        *,
+        want_gates: bool,
+        want_adapter: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        parts = dy, up, h, gates, dh, tokens_per_row
+        launch = plan.launch("up_grad", up.shape[1])
+        if launch is None or not want_adapter:
+            return packed.up_backward(*parts, want_gates=want_gates, want_adapter=want_adapter)
+        return _up_grad(*parts, launch, want_gates)
+
+    products = packed.Products(
+        up_backward,
+        packed.down_backward if down is None else partial(_down_grad, launch=down),
+        packed.input_backward if dx is None else partial(_input_grad, launch=dx),
+    )
+    wanted = want_x, want_gates, want_adapter
+    return packed.backward(dys, x, weights, h, packs, columns, tokens_per_row, *wanted, products)
 
 
 def _shrink(
@@ -334,7 +333,7 @@ def _up_grad(
     return d_up, up_gates.sum(0) if fold else gate_planes.sum(1)
 
 
-def _down_grad(dh: Tensor, x: Tensor, launch: Launch) -> Tensor:
+def _down_grad(dh: Tensor, x: Tensor, *, launch: Launch) -> Tensor:
     """dh^T x, [W, d_in] wide."""
     (n, k), width = x.shape, dh.shape[1]
     chunk = triton.cdiv(triton.cdiv(n, launch.split), launch.bm) * launch.bm
@@ -357,11 +356,9 @@ def _down_grad(dh: Tensor, x: Tensor, launch: Launch) -> Tensor:
 
 
 def _input_grad(
-    dys: list[Tensor], weights: list[Tensor], dh: Tensor, down: Tensor, launch: Launch | None
+    dys: list[Tensor], weights: list[Tensor], dh: Tensor, down: Tensor, *, launch: Launch
 ) -> Tensor:
     """dx = dh down + sum_j dy_j W_j."""
-    if launch is None:
-        return packed.input_backward(dys, weights, dh, down)
     dx = _gemm(dys[0], weights[0], dh, down, None, launch)
     for dy, weight in zip(dys[1:], weights[1:], strict=True):
         dx.addmm_(dy, weight)

@@ -6,6 +6,9 @@ Letters: N tokens, G gate rows, R packed rank of one linear, W packed width of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,17 +29,17 @@ def forward(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
-    packed: Packed,
+    packs: Packed,
     columns: Layout,
     tokens_per_row: int,
 ) -> tuple[list[Tensor], Tensor]:
     """x [N, d_in] -> y of each linear [N, d_out], and h = x down^T [N, W] for the backward."""
-    h = x @ packed.down.t()
-    u = gated(h, packed.gates, tokens_per_row)
+    h = x @ packs.down.t()
+    u = gated(h, packs.gates, tokens_per_row)
     ys = []
     for j, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         # In place: y is fresh, and nothing keeps it.
-        ys.append(F.linear(x, weight, bias).addmm_(u[:, columns.columns(j)], packed.ups[j].t()))
+        ys.append(F.linear(x, weight, bias).addmm_(u[:, columns.columns(j)], packs.ups[j].t()))
     return ys, h
 
 
@@ -52,14 +55,15 @@ def up_backward(
     up: Tensor,
     h: Tensor,
     gates: Tensor,
+    dh: Tensor,
     tokens_per_row: int,
     *,
     want_gates: bool,
     want_adapter: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Backward of the gated expand of one linear.
+) -> tuple[Tensor | None, Tensor | None]:
+    """Backward of the gated expand of one linear; writes dh [N, R].
 
-    dy [N, d_out], up [d_out, R], h [N, R], gates [G, R] -> dh [N, R], d_up [d_out, R] wide, d_gates [G, R].
+    dy [N, d_out], up [d_out, R], h [N, R], gates [G, R] -> d_up [d_out, R] wide, d_gates [G, R].
     """
     rows = gates.shape[0]
     du = dy @ up
@@ -74,7 +78,8 @@ def up_backward(
             d_up = wide_matmul(dy.t(), gated(h, gates, tokens_per_row))
         if want_gates:
             d_gates = (du.to(gates.dtype) * h).view(rows, tokens_per_row, -1).sum(1)
-    return gated(du, gates, tokens_per_row), d_up, d_gates
+    dh.copy_(gated(du, gates, tokens_per_row))
+    return d_up, d_gates
 
 
 def down_backward(dh: Tensor, x: Tensor) -> Tensor:
@@ -88,6 +93,62 @@ def input_backward(dys: list[Tensor], weights: list[Tensor], dh: Tensor, down: T
     for dy, weight in zip(dys, weights, strict=True):
         dx.addmm_(dy, weight)
     return dx
+
+
+class Products(NamedTuple):
+    """What a backward is made of, each by the library or by a kernel with the same arguments."""
+
+    up: Callable[..., tuple[Tensor | None, Tensor | None]] = up_backward
+    down: Callable[[Tensor, Tensor], Tensor] = down_backward
+    dx: Callable[[list[Tensor], list[Tensor], Tensor, Tensor], Tensor] = input_backward
+
+
+LIBRARY = Products()
+
+
+def backward(
+    dys: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    h: Tensor,
+    packs: Packed,
+    columns: Layout,
+    tokens_per_row: int,
+    want_x: bool,
+    want_gates: bool,
+    want_adapter: bool,
+    products: Products = LIBRARY,
+) -> list[Tensor]:
+    """The adapter's part of the backward, of it what is wanted: dx, d_gates [G, W], d_down [W, d_in] and d_up
+    of each linear."""
+    dh = torch.empty_like(h)
+    end = columns.starts[-1] + columns.widths[-1]
+    if end < columns.width:
+        dh[:, end:].zero_()
+    d_gates = torch.zeros_like(packs.gates)
+    d_ups = []
+    for j, dy in enumerate(dys):
+        at = columns.columns(j)
+        d_up, of_gates = products.up(
+            dy,
+            packs.ups[j],
+            h[:, at],
+            packs.gates[:, at],
+            dh[:, at],
+            tokens_per_row,
+            want_gates=want_gates,
+            want_adapter=want_adapter,
+        )
+        if d_up is not None:
+            d_ups.append(d_up)
+        if of_gates is not None:
+            d_gates[:, at] = of_gates
+    out = [products.dx(dys, weights, dh, packs.down)] if want_x else []
+    if want_gates:
+        out.append(d_gates)
+    if want_adapter:
+        out += [products.down(dh, x), *d_ups]
+    return out
 
 
 def wide_matmul(a: Tensor, b: Tensor) -> Tensor:

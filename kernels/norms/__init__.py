@@ -14,6 +14,7 @@ from .adaln import (
     residual_layer_norm,
     residual_layer_norm_reference,
 )
+from .backend import wide
 from .gated_residual import gated_residual, gated_residual_reference
 from .rms_norm_rope import rms_norm_rope, rms_norm_rope_reference
 
@@ -30,4 +31,5 @@ __all__ = [
     "residual_layer_norm_reference",
     "rms_norm_rope",
     "rms_norm_rope_reference",
+    "wide",
 ]

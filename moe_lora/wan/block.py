@@ -14,19 +14,21 @@ from torch import Tensor, nn
 
 from ...kernels.attention import attention
 from ...kernels.lora_moe import LoRAMoEWeights, lora_moe_linears
-from ...kernels.norms import adaln, gated_residual, residual_adaln, residual_layer_norm, rms_norm_rope
+from ...kernels.norms import (
+    adaln,
+    gated_residual,
+    residual_adaln,
+    residual_layer_norm,
+    rms_norm_rope,
+    wide,
+)
 from ..routing import Gates
 from .config import WanConfig
 
-__all__ = ["WanBlock", "WanLinear", "WideLinear", "wide"]
+__all__ = ["WanBlock", "WanLinear", "WideLinear"]
 
 # Rows of a low-precision weight that are widened at once: bounds the temporary to a few hundred MB at 14B.
 _WIDE_ROWS = 5120
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in float32, or unchanged when it is float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class WanLinear(nn.Linear):

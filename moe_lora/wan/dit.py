@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...kernels.norms import adaln
+from ...kernels.norms import adaln, wide
 from ..errors import WanmoeError
 from ..routing import Gates
-from .block import WanBlock, WideLinear, wide
+from .block import WanBlock, WideLinear
 from .config import WanConfig
 from .rope import rope_tables
 

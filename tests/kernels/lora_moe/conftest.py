@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from wanmoe.kernels.bench.variants import loop
 from wanmoe.kernels.lora_moe import LoRAMoEWeights, lora_moe_linears
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,7 +73,8 @@ class Case:
     def forward(self, backend):
         """y of each linear; the backend "loop" is what one writes without an op, each product rounded."""
         if backend == "loop":
-            return [self._loop(linear) for linear in self.linears]
+            rest = self.base_gates, self.expert_gates, self.tokens_per_row
+            return [loop(self.x, linear, *rest) for linear in self.linears]
         return lora_moe_linears(
             self.x,
             self.linears,
@@ -81,17 +83,6 @@ class Case:
             self.tokens_per_row,
             backend=backend,
         )
-
-    def _loop(self, linear):
-        y = F.linear(self.x, linear.weight, linear.bias)
-        down, up = linear.base_down.to(self.x.dtype), linear.base_up.to(self.x.dtype)
-        gate = (linear.scale_base * self.base_gates)[:, None, None].to(self.x.dtype)
-        y = y + gate * F.linear(F.linear(self.x, down), up)
-        for e in range(linear.expert_down.shape[0]):
-            down, up = linear.expert_down[e].to(self.x.dtype), linear.expert_up[e].to(self.x.dtype)
-            gate = (linear.scale_expert * self.expert_gates[:, e])[:, None, None].to(self.x.dtype)
-            y = y + gate * F.linear(F.linear(self.x, down), up)
-        return y
 
     def run(self, backend):
         """Deltas (what the adapters add) and gradients by name."""
