@@ -44,6 +44,9 @@ class AdapterConfig(BaseModel):
     rank_o: int = Field(4, ge=1)
     rank_ffn: int = Field(4, ge=1)
     """Ranks per projection, the same for the base adapter and for every expert."""
+    base_ranks: dict[str, int] = Field(default_factory=dict)
+    """Rank of the base adapter by linear (`blocks.3.ffn.2`), where it is not that of the experts. A linear that
+    is named here alone carries the base without experts. Importing a LoRA as frozen base sets it."""
     blocks: int | tuple[int, ...] = 8
     """How many of the last blocks are adapted, or which ones."""
     ffn_blocks: int = Field(3, ge=0)
@@ -84,7 +87,7 @@ class AdapterConfig(BaseModel):
         return indices
 
     def ranks(self, num_layers: int) -> dict[str, int]:
-        """Rank per adapted linear, by its name in the model, in module order."""
+        """Rank of an expert per linear that carries experts, by its name in the model, in module order."""
         indices = self.block_indices(num_layers)
         ffn = set(indices[len(indices) - min(self.ffn_blocks, len(indices)) :])
         by_projection = {"q": self.rank_q, "k": self.rank_k, "v": self.rank_v, "o": self.rank_o}
@@ -97,25 +100,47 @@ class AdapterConfig(BaseModel):
                 ranks[f"blocks.{index}.{layer}"] = self.rank_ffn
         return ranks
 
+    def linears(self, num_layers: int) -> dict[str, tuple[int, int | None]]:
+        """(rank of the base, rank of an expert or None without experts) per adapted linear, by its name."""
+        ranks = self.ranks(num_layers)
+        linears: dict[str, tuple[int, int | None]] = {
+            name: (self.base_ranks.get(name, rank), rank) for name, rank in ranks.items()
+        }
+        alone = {name: (rank, None) for name, rank in self.base_ranks.items() if name not in ranks}
+        return linears | alone
+
 
 class LoRAMoELinear(nn.Module):
     """A frozen linear that carries a base LoRA and E expert LoRAs, packed (layout `wanmoe/1`).
 
     It takes over weight and bias of the linear it replaces, so that checkpoint names stay as they were and
-    the op reads only parameters of its own module, as the hooks of ZeRO-3 need.
+    the op reads only parameters of its own module, as the hooks of ZeRO-3 need. Without a rank for experts it
+    carries the base alone.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, experts: int, config: AdapterConfig) -> None:
+    expert_down: Tensor
+    expert_up: Tensor
+
+    def __init__(
+        self, linear: nn.Linear, base_rank: int, rank: int | None, experts: int, config: AdapterConfig
+    ) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         d_out, d_in = linear.weight.shape
-        self.scale = config.alpha / rank
+        self.experts = 0 if rank is None else experts
+        rank = rank or 1
+        self.scale_base, self.scale_expert = config.alpha / base_rank, config.alpha / rank
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
         kind: dict[str, Any] = {"device": linear.weight.device, "dtype": torch.float32}
-        self.base_down = nn.Parameter(torch.empty(rank, d_in, **kind))
-        self.base_up = nn.Parameter(torch.zeros(d_out, rank, **kind))
-        self.expert_down = nn.Parameter(torch.empty(experts, rank, d_in, **kind))
-        self.expert_up = nn.Parameter(torch.zeros(experts, d_out, rank, **kind))
+        self.base_down = nn.Parameter(torch.empty(base_rank, d_in, **kind))
+        self.base_up = nn.Parameter(torch.zeros(d_out, base_rank, **kind))
+        expert_down = torch.empty(self.experts, rank, d_in, **kind)
+        expert_up = torch.zeros(self.experts, d_out, rank, **kind)
+        if self.experts:
+            self.expert_down, self.expert_up = nn.Parameter(expert_down), nn.Parameter(expert_up)
+        else:  # nothing to train, to save or to partition
+            self.register_buffer("expert_down", expert_down, persistent=False)
+            self.register_buffer("expert_up", expert_up, persistent=False)
 
     def reset(self, generator: torch.Generator) -> None:
         """Down projections uniform in +-1/sqrt(d_in) (kaiming with a = sqrt(5)), up projections zero."""
@@ -130,7 +155,8 @@ class LoRAMoELinear(nn.Module):
         """[..., d_in] -> [..., d_out]; without gates the frozen linear alone."""
         if gates is None:
             return F.linear(x, self.weight, self.bias)
-        return lora_moe_linears(x, [self.adapted()], gates.base, gates.experts, gates.tokens_per_row)[0]
+        experts = gates.experts[:, : self.experts]
+        return lora_moe_linears(x, [self.adapted()], gates.base, experts, gates.tokens_per_row)[0]
 
     def adapted(self) -> LoRAMoEWeights:
         """The linear as the op takes it, ranks dropped where that is configured."""
@@ -142,8 +168,8 @@ class LoRAMoELinear(nn.Module):
             base_up,
             self.expert_down,
             expert_up,
-            self.scale,
-            self.scale,
+            self.scale_base,
+            self.scale_expert,
         )
 
     def _drop(self, *ups: Tensor) -> tuple[Tensor, ...]:
@@ -179,10 +205,9 @@ class Adapter:
         for name, module in self.modules.items():
             if "base" in parts:
                 found[f"{name}.base_down"], found[f"{name}.base_up"] = module.base_down, module.base_up
-            if "experts" in parts:
-                found[f"{name}.expert_down"], found[f"{name}.expert_up"] = (
-                    module.expert_down,
-                    module.expert_up,
+            if "experts" in parts and module.experts:
+                found.update(
+                    (f"{name}.{leaf}", module.get_parameter(leaf)) for leaf in ("expert_down", "expert_up")
                 )
         if "router" in parts and self.router is not None:
             found.update({f"router.{name}": value for name, value in self.router.named_parameters()})
@@ -198,6 +223,11 @@ class Adapter:
         for parameter in self.parameters().values():
             parameter.requires_grad_(False)
         chosen = self.parameters(parts)
+        # A frozen base before the first expert runs without a graph too.
+        trains_base = any(name.endswith("base_down") for name in chosen)
+        self.dit.freeze_prefix(
+            _first_block(name for name, module in self.modules.items() if trains_base or module.experts)
+        )
         for parameter in chosen.values():
             parameter.requires_grad_(True)
         return chosen
@@ -241,20 +271,26 @@ def attach(
     """
     config, router_config = config or AdapterConfig(), router or RouterConfig()
     experts = config.expert_set
-    ranks = config.ranks(len(dit.blocks))
+    linears = config.linears(len(dit.blocks))
     if any(isinstance(module, LoRAMoELinear) for module in dit.modules()):
         raise WanmoeError("this model has an adapter already; load the base again before attaching another")
     dit.requires_grad_(False)
     modules: dict[str, LoRAMoELinear] = {}
-    for name, rank in ranks.items():
+    for name, (base_rank, rank) in linears.items():
         parent_name, _, child = name.rpartition(".")
-        parent = dit.get_submodule(parent_name)
-        linear = LoRAMoELinear(parent.get_submodule(child), rank, len(experts), config)  # type: ignore[arg-type]
+        try:
+            parent = dit.get_submodule(parent_name)
+            plain = parent.get_submodule(child)
+        except AttributeError as error:
+            raise WanmoeError(
+                f"adapter.base_ranks: this model of {len(dit.blocks)} blocks has no {name}"
+            ) from error
+        linear = LoRAMoELinear(plain, base_rank, rank, len(experts), config)  # type: ignore[arg-type]
         if not linear.base_down.is_meta:
             linear.reset(seeded_generator(seed, name))
         setattr(parent, child, linear)
         modules[name] = linear
-    dit.freeze_prefix(min(config.block_indices(len(dit.blocks))))
+    dit.freeze_prefix(_first_block(modules))
     learned = None
     if router_config.mode == "learned":
         learned = LearnedRouter(
@@ -273,6 +309,10 @@ def _reset_router(router: LearnedRouter, seed: int) -> None:
         generator = seeded_generator(seed, f"router.{name}")
         values = torch.empty(parameter.shape).uniform_(-1, 1, generator=generator)
         parameter.data.copy_(values / math.sqrt(fan_in))
+
+
+def _first_block(linears: Iterable[str]) -> int:
+    return min(int(name.split(".")[1]) for name in linears)
 
 
 def _numel(parameter: nn.Parameter) -> int:

@@ -47,7 +47,7 @@ def lora_moe_linear(
             gate row each.
         weight, bias: [d_out, d_in], [d_out] or None, in the dtype of x; frozen or not.
         base_down, base_up: [r_b, d_in], [d_out, r_b], floating like the experts and the gates.
-        expert_down, expert_up: [E, r, d_in], [E, d_out, r], E of 1 or more.
+        expert_down, expert_up: [E, r, d_in], [E, d_out, r]; E of 0 leaves the base alone.
         base_gates, expert_gates: [G], [G, E]; differentiable.
         scale_base, scale_expert: alpha / rank of each part.
         backend: "auto" (triton on CUDA, packed elsewhere), "packed" (library matrix products), "triton" (the
@@ -92,8 +92,6 @@ def lora_moe_linears(
         if not isinstance(linear, LoRAMoEWeights):
             raise ValueError(f"linears holds a {type(linear).__name__}{where}; expected LoRAMoEWeights")
         _check(x, linear, base_gates, expert_gates, tokens_per_row, where)
-    if linears[0].expert_down.shape[0] < 1:
-        raise ValueError("expert_down holds no expert; give at least one")
     name = _backend(backend, x)
     if name == "reference":
         return tuple(

@@ -54,11 +54,12 @@ class Case:
         self.seeds = [draw(rows, per_row, out, grad=False) for out in outs]
 
     def leaves(self):
-        """Everything that requires grad, by name."""
+        """Everything that requires grad, by name; without experts there is nothing of theirs."""
         named = {"x": self.x, "base_gates": self.base_gates, "expert_gates": self.expert_gates}
         for j, linear in enumerate(self.linears):
             named |= {f"{part}.{j}": getattr(linear, part) for part in PARTS}
-        return {name: tensor for name, tensor in named.items() if tensor is not None and tensor.requires_grad}
+        given = {name: tensor for name, tensor in named.items() if tensor is not None and tensor.numel()}
+        return {name: tensor for name, tensor in given.items() if tensor.requires_grad}
 
     def wide(self):
         """The same values in float64."""

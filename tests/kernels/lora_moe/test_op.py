@@ -16,7 +16,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 8e-6, torch.bfloat16: 8e-2}
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("outs", [(11,), (11, 7), (11, 7, 9)])
-@pytest.mark.parametrize(("rows", "per_row", "experts"), [(1, 1, 1), (3, 5, 4), (9, 13, 6)])
+@pytest.mark.parametrize(("rows", "per_row", "experts"), [(1, 1, 1), (3, 5, 4), (9, 13, 6), (2, 3, 0)])
 def test_packed_equals_reference_forward_and_gradients(case, check, dtype, outs, rows, per_row, experts):
     given = case(outs, d_in=10, rows=rows, per_row=per_row, experts=experts, dtype=dtype)
     check(given.run("packed"), given.wide().run("reference"), TOLERANCE[dtype])
@@ -229,10 +229,6 @@ def zeros(*shape, **kind):
         ({"tokens_per_row": -5}, "-5 per gate row; both must be 1 or more"),
         ({"x": zeros(0, 7)}, "x (0, 7) has 0 tokens, 5 per gate row"),
         ({"x": torch.tensor(1.0, dtype=torch.float64)}, "x has shape (), expected (7,)"),
-        (
-            {"expert_down": zeros(0, 2, 7), "expert_up": zeros(0, 11, 2), "expert_gates": zeros(3, 0)},
-            "expert_down holds no expert",
-        ),
         ({"expert_down": zeros(4, 0, 7), "expert_up": zeros(4, 11, 0)}, "must have a rank of 1 or more"),
         ({"backend": "cuda"}, "'cuda' is unknown; choose from auto, packed, triton, reference"),
     ],

@@ -52,7 +52,7 @@ def test_ragged_tokens_and_gate_rows(case, check, form, rows, per_row):
     check(found, given.wide().run("reference"), TOLERANCE[EXACT])
 
 
-@pytest.mark.parametrize("experts", [1, 4, 6])
+@pytest.mark.parametrize("experts", [0, 1, 4, 6])
 @pytest.mark.parametrize("ranks", [(1, 1), (8, 8), (5, 3)])
 def test_any_number_of_experts_and_any_ranks(case, check, experts, ranks):
     given = case((40,), ranks=[ranks], experts=experts, rows=2, per_row=9, dtype=EXACT)
