@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING, Any
 from .adapter import Adapter, AdapterConfig, attach
 from .adapter_file import load_adapter, save_adapter
 from .errors import WanmoeError
-from .instruments import Expert, ExpertSet
+from .instruments import CHOLEC, SURGICAL, Expert, ExpertSet
+from .interop import export_lora, export_merged, import_adapter
 from .routing import Gates, RouterConfig
+from .wan.clip import load_clip
 from .wan.codec import load_vae
 from .wan.config import WanConfig
 from .wan.dit import WanDiT
+from .wan.model_folder import find_parts
 from .wan.text import load_text_encoder
 from .wan.weights import load_dit
 
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from .wan.sampling import sample
 
 __all__ = [
+    "CHOLEC",
+    "SURGICAL",
     "Adapter",
     "AdapterConfig",
     "Expert",
@@ -27,7 +32,12 @@ __all__ = [
     "WanDiT",
     "WanmoeError",
     "attach",
+    "export_lora",
+    "export_merged",
+    "find_parts",
+    "import_adapter",
     "load_adapter",
+    "load_clip",
     "load_dit",
     "load_text_encoder",
     "load_vae",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -45,8 +45,8 @@ class AdapterConfig(BaseModel):
     rank_ffn: int = Field(4, ge=1)
     """Ranks per projection, the same for the base adapter and for every expert."""
     base_ranks: dict[str, int] = Field(default_factory=dict)
-    """Rank of the base adapter by linear (`blocks.3.ffn.2`), where it is not that of the experts. A linear that
-    is named here alone carries the base without experts. Importing a LoRA as frozen base sets it."""
+    """Rank of the base adapter by linear (`blocks.3.ffn.2`), where it is not that of the experts. A linear
+    that is named here alone carries the base without experts. Importing a LoRA as frozen base sets it."""
     blocks: int | tuple[int, ...] = 8
     """How many of the last blocks are adapted, or which ones."""
     ffn_blocks: int = Field(3, ge=0)
@@ -122,7 +122,13 @@ class LoRAMoELinear(nn.Module):
     expert_up: Tensor
 
     def __init__(
-        self, linear: nn.Linear, base_rank: int, rank: int | None, experts: int, config: AdapterConfig
+        self,
+        linear: nn.Linear,
+        base_rank: int,
+        rank: int | None,
+        experts: int,
+        config: AdapterConfig,
+        device: str | torch.device | None = None,
     ) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
@@ -131,7 +137,7 @@ class LoRAMoELinear(nn.Module):
         rank = rank or 1
         self.scale_base, self.scale_expert = config.alpha / base_rank, config.alpha / rank
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
-        kind: dict[str, Any] = {"device": linear.weight.device, "dtype": torch.float32}
+        kind: dict[str, Any] = {"device": device or linear.weight.device, "dtype": torch.float32}
         self.base_down = nn.Parameter(torch.empty(base_rank, d_in, **kind))
         self.base_up = nn.Parameter(torch.zeros(d_out, base_rank, **kind))
         expert_down = torch.empty(self.experts, rank, d_in, **kind)
@@ -157,6 +163,14 @@ class LoRAMoELinear(nn.Module):
             return F.linear(x, self.weight, self.bias)
         experts = gates.experts[:, : self.experts]
         return lora_moe_linears(x, [self.adapted()], gates.base, experts, gates.tokens_per_row)[0]
+
+    def delta(self, base: float, experts: Sequence[float]) -> Tensor:
+        """What the adapter adds to the weight under constant gates, [d_out, d_in] wide."""
+        delta = self.scale_base * base * (self.base_up @ self.base_down)
+        for gate, down, up in zip(experts, self.expert_down, self.expert_up, strict=False):
+            if gate:
+                delta.addmm_(up, down, alpha=self.scale_expert * gate)
+        return delta.detach()
 
     def adapted(self) -> LoRAMoEWeights:
         """The linear as the op takes it, ranks dropped where that is configured."""
@@ -252,19 +266,25 @@ class Adapter:
         frames = experts.shape[1] if experts.dim() == 3 else 1
         if tokens % frames:
             raise ValueError(f"{tokens} tokens of a clip do not divide among {frames} gate frames")
-        factor = band(t.float(), self.router_config.bands) * alpha_expert
+        factor = band(t.float(), self.router_config.bands).to(experts.dtype) * alpha_expert
         rows = experts.reshape(t.shape[0] * frames, -1) * factor.repeat_interleave(frames)[:, None]
         base = torch.full((rows.shape[0],), alpha_base, device=rows.device, dtype=rows.dtype)
         return Gates(rows, base, tokens // frames)
 
 
 def attach(
-    dit: WanDiT, config: AdapterConfig | None = None, router: RouterConfig | None = None, *, seed: int = 0
+    dit: WanDiT,
+    config: AdapterConfig | None = None,
+    router: RouterConfig | None = None,
+    *,
+    seed: int = 0,
+    device: str | torch.device | None = None,
 ) -> Adapter:
     """Puts a fresh adapter on a DiT, in place, and freezes everything else; up projections are zero.
 
     With gates the model is then bit-equal to the frozen one. Initial values depend on the seed and the name
-    of the linear alone, so every rank gets the same. On the meta device nothing is initialised.
+    of the linear alone, so every rank gets the same. The adapter lies beside the linears, or on `device`; on
+    the meta device nothing is initialised.
 
     Raises:
         WanmoeError: the model has an adapter already, or the configured blocks do not exist.
@@ -285,7 +305,7 @@ def attach(
             raise WanmoeError(
                 f"adapter.base_ranks: this model of {len(dit.blocks)} blocks has no {name}"
             ) from error
-        linear = LoRAMoELinear(plain, base_rank, rank, len(experts), config)  # type: ignore[arg-type]
+        linear = LoRAMoELinear(plain, base_rank, rank, len(experts), config, device)  # type: ignore[arg-type]
         if not linear.base_down.is_meta:
             linear.reset(seeded_generator(seed, name))
         setattr(parent, child, linear)

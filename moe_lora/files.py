@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import os
 import secrets
 from collections.abc import Callable
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 
 _PIECE = 1 << 22
 """Bytes hashed at a time."""
+REMEMBERED_BYTES = 1_000_000_000
+"""From this size on, `remembered_sha256` keeps what it found."""
+
+_log = logging.getLogger(__name__)
 
 
 def write_atomic(
@@ -53,6 +59,35 @@ def file_sha256(path: str | Path) -> str:
     digest = hashlib.sha256()
     feed(digest, path)
     return digest.hexdigest()
+
+
+def remembered_sha256(path: str | Path) -> str:
+    """`file_sha256`, which for a large file is read again from the user's cache while the file is unchanged.
+
+    Hashing a model takes as long as loading it. Unchanged is: same path, size and time of change to the
+    nanosecond. Raises OSError where the file cannot be read.
+    """
+    path = Path(path).resolve()
+    state = path.stat()
+    if state.st_size < REMEMBERED_BYTES:
+        return file_sha256(path)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    record = home / "wanmoe" / "sha256" / f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
+    known = {"path": str(path), "bytes": state.st_size, "changed": state.st_mtime_ns}
+    try:
+        stored = json.loads(record.read_text(encoding="utf-8"))
+        if isinstance(stored, dict) and "sha256" in stored and {**stored, **known} == stored:
+            return str(stored["sha256"])
+    except (OSError, ValueError):
+        pass  # nothing remembered yet, or not readably
+    digest = file_sha256(path)
+    text = json.dumps(known | {"sha256": digest})
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(record, lambda partial: partial.write_text(text, encoding="utf-8"))
+    except (OSError, WanmoeError) as error:
+        _log.info("the sha256 of %s is not remembered: %s", path, error)
+    return digest
 
 
 def feed(digest: _Hash, path: str | Path) -> None:

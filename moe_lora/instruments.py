@@ -72,6 +72,77 @@ SURGICAL = (
 )
 
 
+# The six tools of Cholec80 and CholecT50. A bare 夹 is not among the clipper's words, since forceps that hold
+# do it too (夹住); nor is a bare "clip", which is also a video.
+CHOLEC = (
+    Expert(
+        name="grasper",
+        keywords=("抓钳", "抓取", "镊子", "夹持", "固定钳", "分离钳", "grasper", "grasp*", "forceps"),
+    ),
+    Expert(
+        name="bipolar",
+        keywords=(
+            *("双极电凝钳", "双极电凝", "双极", "电凝钳"),
+            *("bipolar", "bipolar forceps", "bipolar grasper"),
+        ),
+    ),
+    Expert(
+        name="hook",
+        keywords=(
+            *("电凝钩", "电凝", "钩", "烧灼"),
+            *("hook", "electrocautery", "cautery", "cauteri*", "electrosurg*", "monopolar", "diathermy"),
+        ),
+    ),
+    Expert(name="scissors", keywords=("剪刀", "剪切", "剪断", "剪开", "scissors", "scissor", "shears")),
+    Expert(
+        name="clipper",
+        keywords=(
+            *("钛夹钳", "夹钳", "夹闭", "钛夹", "夹子", "施夹"),
+            *("clipper", "clip applier", "clip applicator", "clipping"),
+        ),
+    ),
+    Expert(
+        name="irrigator",
+        keywords=(
+            *("吸引器", "冲洗器", "吸引", "吸出", "吸除", "吸净", "清理", "冲洗"),
+            *("irrigat*", "suction*", "aspirat*"),
+        ),
+    ),
+)
+
+# Family of SURGICAL -> tools of CHOLEC that belong to it.
+_TOOLS = {
+    "scissors": ("scissors",),
+    "hook/electrocautery": ("bipolar", "hook"),
+    "suction": ("irrigator",),
+    "other": ("grasper", "clipper"),
+}
+_OTHER_TAXONOMY = _TOOLS | {tool: (family,) for family, tools in _TOOLS.items() for tool in tools}
+
+
+def known_experts(names: Iterable[str]) -> tuple[Expert, ...]:
+    """Experts of these names: with our keywords where we know the instrument, else with the name alone.
+
+    A name that both taxonomies have gets its words from the one that knows more of the names. No keyword is
+    given twice, so that any list of different names makes an `ExpertSet`.
+    """
+    names = tuple(names)
+    wanted = {name.lower() for name in names}
+    taxonomies = [
+        {expert.name.lower(): expert.keywords for expert in experts} for experts in (SURGICAL, CHOLEC)
+    ]
+    taxonomies.sort(key=lambda words: len(words.keys() & wanted), reverse=True)
+    words = {**taxonomies[1], **taxonomies[0]}
+    taken: set[str] = set()
+    experts = []
+    for name in names:
+        others = taken | (wanted - {name.lower()})
+        keywords = tuple(word for word in words.get(name.lower(), ()) if word.lower() not in others)
+        taken.update(word.lower() for word in keywords)
+        experts.append(Expert(name=name, keywords=keywords))
+    return tuple(experts)
+
+
 class ExpertSet:
     """An ordered set of experts, searched by name or by keywords.
 
@@ -97,6 +168,7 @@ class ExpertSet:
                         f"and {expert.name!r}; keep it in one"
                     )
                 self._patterns.append((index, _pattern(keyword)))
+        self._own = owner.keys() | {name.lower() for name in self.names}
         self.fallback = None if fallback is None else self.names[self.index(fallback)]
 
     def __len__(self) -> int:
@@ -116,6 +188,20 @@ class ExpertSet:
         raise WanmoeError(
             f"unknown expert {name!r}; nearest is {nearest!r}, known are: {', '.join(self.names)}"
         )
+
+    def weights(self, name: str) -> dict[str, float]:
+        """What a hint or label means in this set, as weights per expert name that sum to 1.
+
+        A name or keyword of the set is that expert. A name of the other of the two surgical taxonomies (four
+        families, six Cholec tools) stands for its members here in equal parts: "Hook/Electrocautery" is half
+        bipolar, half hook on a set of tools. Raises WanmoeError as `index` does.
+        """
+        wanted = name.strip().lower()
+        if wanted not in self._own:
+            members = [known for known in self.names if known.lower() in _OTHER_TAXONOMY.get(wanted, ())]
+            if members:
+                return dict.fromkeys(members, 1 / len(members))
+        return {self.names[self.index(name)]: 1.0}
 
     def find(self, text: str) -> dict[str, int]:
         """Keyword hits per expert name in `text`: longest match first, no overlaps; {} means no evidence."""

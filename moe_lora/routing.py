@@ -103,8 +103,9 @@ class RuleRouter:
     """Gates [E] from what is known of a clip: an explicit mix, a hint, labels, or the words of its prompt.
 
     The first that is given decides. A hint and a single label are exactly one-hot, a mix and several labels
-    exactly proportional to their weights. A prompt without any keyword is no evidence: the fallback expert of
-    the set if it names one, otherwise all zero, which leaves the clip to the base adapter.
+    exactly proportional to their weights; a name of the other surgical taxonomy is taken for its members here
+    (`ExpertSet.weights`). A prompt without any keyword is no evidence: the fallback expert of the set if
+    it names one, otherwise all zero, which leaves the clip to the base adapter.
     """
 
     def __init__(self, experts: ExpertSet, top_k: int = 2, temperature: float = 0.7) -> None:
@@ -141,7 +142,8 @@ class RuleRouter:
         for name, weight in weights:
             if not (weight >= 0 and weight < float("inf")):
                 raise WanmoeError(f"{what}: weight of {name!r} must be finite and not negative, got {weight}")
-            gates[self.experts.index(name)] += weight
+            for member, part in self.experts.weights(name).items():
+                gates[self.experts.index(member)] += weight * part
         if not gates.sum() > 0:
             raise WanmoeError(
                 f"{what}: the weights {dict(weights)} sum to zero; give at least one above zero"

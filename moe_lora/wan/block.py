@@ -1,6 +1,6 @@
 """One transformer block of Wan and the layers that it is made of, under the original parameter names.
 
-Letters: B clips, L video tokens, Lc text tokens, D width, N heads, K head width, P = K / 2.
+Letters: B clips, L video tokens, Lc text tokens, Li image tokens, D width, N heads, K head width, P = K / 2.
 "Wide" is float32, or float64 for a float64 model: the dtype of norms, modulation and residual sums.
 """
 
@@ -44,16 +44,19 @@ class WanLinear(nn.Linear):
 
 
 def project(x: Tensor, linears: Sequence[WanLinear], gates: Gates | None) -> tuple[Tensor, ...]:
-    """x through linears that all read it: in one op when all are adapted, one after the other otherwise.
+    """x through linears that all read it: in one op if all are adapted alike, one after the other otherwise.
 
     The op reads the weights of child modules, which under ZeRO-3 are there because the block is gathered as a
     whole (`set_z3_leaf_modules`).
     """
     adapted = [linear.adapted() for linear in linears] if gates is not None else []
     weights = [each for each in adapted if each is not None]
-    if gates is None or len(weights) < len(linears):
+    experts = {each.expert_down.shape[0] for each in weights}
+    if gates is None or len(weights) < len(linears) or len(experts) > 1:
         return tuple(linear(x, gates) for linear in linears)
-    return lora_moe_linears(x, weights, gates.base, gates.experts, gates.tokens_per_row)
+    # Linears that carry the base adapter alone have no experts, and their op takes no gates for them.
+    expert_gates = gates.experts[:, : experts.pop()]
+    return lora_moe_linears(x, weights, gates.base, expert_gates, gates.tokens_per_row)
 
 
 class WideLinear(nn.Linear):
@@ -112,14 +115,38 @@ class SelfAttention(_Attention):
 
 
 class CrossAttention(_Attention):
-    """Attention of every video token over every text token, padding included, as Wan was trained."""
+    """Attention of every video token over every text token, padding included, as Wan was trained.
 
-    def forward(self, x: Tensor, context: Tensor, gates: Gates | None, context_gates: Gates | None) -> Tensor:
-        """x [B, L, D], context [B, Lc, D] -> [B, L, D]; k and v see text tokens and take their gates."""
+    A Wan2.1 i2v model adds to it attention over the image tokens, whose projections carry no adapter.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__(config)
+        if config.image_dim:
+            self.k_img = nn.Linear(config.dim, config.dim)
+            self.v_img = nn.Linear(config.dim, config.dim)
+            self.norm_k_img = RMSNorm(config.dim, config.num_heads, config.eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        gates: Gates | None,
+        context_gates: Gates | None,
+        image: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, L, D], context [B, Lc, D], image [B, Li, D] or none -> [B, L, D].
+
+        k and v see text tokens and take their gates.
+        """
         q = self._heads(self.norm_q(self.q(x, gates)))
         k, v = project(context, (self.k, self.v), context_gates)
         k = self._heads(self.norm_k(k))
-        out: Tensor = self.o(attention(q, k, self._heads(v)).flatten(2), gates)
+        attended = attention(q, k, self._heads(v))
+        if image is not None:
+            k, v = self._heads(self.norm_k_img(self.k_img(image))), self._heads(self.v_img(image))
+            attended = attended + attention(q, k, v)
+        out: Tensor = self.o(attended.flatten(2), gates)
         return out
 
 
@@ -165,10 +192,12 @@ class WanBlock(nn.Module):
         sin: Tensor,
         gates: Gates | None = None,
         context_gates: Gates | None = None,
+        image: Tensor | None = None,
     ) -> Tensor:
         """x [B, L, D], e0 [B, 6, D] wide, context [B, Lc, D], cos and sin [L, P] -> x in its own dtype.
 
-        `gates` are those of the video tokens, `context_gates` those of the text tokens.
+        `gates` are those of the video tokens, `context_gates` those of the text tokens. image [B, Li, D] goes
+        with Wan2.1 i2v models alone.
         """
         dtype = self.self_attn.q.weight.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = (
@@ -176,6 +205,6 @@ class WanBlock(nn.Module):
         )
         h = self.self_attn(adaln(x, scale1, shift1, self.eps, dtype), cos, sin, gates)
         x, h = residual_layer_norm(x, h, gate1, self.norm3.weight, self.norm3.bias, self.eps, dtype)
-        h = self.cross_attn(h, context, gates, context_gates)
+        h = self.cross_attn(h, context, gates, context_gates, image)
         x, h = residual_adaln(x, h, None, scale2, shift2, self.eps, dtype)
         return gated_residual(x, self.ffn(h, gates), gate2)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +16,14 @@ from torch import Tensor, nn
 
 from ..errors import WanmoeError
 from ..files import feed
+from .weight_files import fill_module, open_weights
 
 CHANNELS = 16
 TIME_STRIDE = 4
 SPACE_STRIDE = 8
+
+# A tile of the VAE and three quarters of it, the distance of two tiles, are multiples of SPACE_STRIDE.
+_TILE_STEP = 4 * SPACE_STRIDE
 
 # Latent statistics of the Wan 2.1 VAE (official wan/modules/vae2_1.py; the defaults of diffusers' config).
 WAN_MEAN: tuple[float, ...] = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
@@ -201,6 +204,21 @@ class WanVAE(nn.Module):
         """sha256 of the files the weights came from."""
         return file_digest(self.files)
 
+    def tile(self, size: int) -> None:
+        """From now on encodes and decodes in tiles of `size` pixels a side that overlap by a quarter.
+
+        Memory then follows the tile, not the picture. The overlaps are blended; the result differs a little
+        from that of the whole picture, for the VAE attends over all of a frame. Raises `WanmoeError` unless
+        `size` is a multiple of 32, so that tiles and their distance are whole latents.
+        """
+        if size < _TILE_STEP or size % _TILE_STEP:
+            near = max(1, round(size / _TILE_STEP)) * _TILE_STEP
+            raise WanmoeError(
+                f"VAE tile size {size} is not a multiple of {_TILE_STEP} pixels; nearest is {near}"
+            )
+        distance = size * 3 // 4
+        self.vae.enable_tiling(size, size, distance, distance)
+
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Video `[B, 3, F, H, W]` in [-1, 1] -> normalised latent `[B, 16, f, h, w]`, fp32."""
@@ -215,37 +233,59 @@ class WanVAE(nn.Module):
         return video.float().clamp(-1.0, 1.0)
 
 
-def image_condition(codec: Codec, image: Tensor, frames: int) -> Tensor:
+def image_condition(codec: Codec, first: Tensor, frames: int, last: Tensor | None = None) -> Tensor:
     """What an i2v model is given beside the noise: `[1, 20, f, h, w]` for an image `[3, H, W]` in [-1, 1].
 
-    Four channels of mask, 1 in latent frame 0, then the latent of the image followed by grey frames. Source:
-    Wan2.2 `wan/image2video.py`. Raises `WanmoeError` on sizes that cannot be encoded.
+    Four channels of mask, one for each video frame that a latent frame covers, then the latent of the given
+    frames with grey ones between or after them. The mask is 1 in latent frame 0, whose four stand for video
+    frame 0, and with `last`, the last video frame, in the last channel of the last latent frame. Source:
+    Wan2.2 `wan/image2video.py`, Wan2.1 `wan/first_last_frame2video.py`. Raises `WanmoeError` on sizes that
+    cannot be encoded.
     """
-    grey = image.new_zeros(3, frames - 1, *image.shape[1:])
-    latent = codec.encode(torch.cat([image[:, None], grey], dim=1)[None])
-    mask = latent.new_zeros(1, 4, *latent.shape[2:])
+    given = [first] if last is None else [first, last]
+    if last is not None and (last.shape != first.shape or frames < 1 + TIME_STRIDE):
+        raise WanmoeError(
+            f"a last frame {list(last.shape)} for a first one {list(first.shape)} and {frames} frames; both "
+            f"must be of one size, and the frames at least {1 + TIME_STRIDE}"
+        )
+    grey = first.new_zeros(3, frames - len(given), *first.shape[1:])
+    video = torch.cat([first[:, None], grey, *(image[:, None] for image in given[1:])], dim=1)
+    latent = codec.encode(video[None])
+    mask = latent.new_zeros(1, TIME_STRIDE, *latent.shape[2:])
     mask[:, :, 0] = 1.0
+    if last is not None:
+        mask[:, -1, -1] = 1.0
     return torch.cat([mask, latent], dim=1)
 
 
 def load_vae(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    tile: int | None = None,
 ) -> HaarCodec | WanVAE:
     """Codec named by `path`: "haar", a diffusers folder, or `Wan2.1_VAE.pth` / `.safetensors`.
 
     A folder may be the VAE's own or a whole converted model with a `vae/` in it. A file may have the original
-    or diffusers' key names. Raises `WanmoeError` where the file is missing, broken, or of another kind.
+    or diffusers' key names; its tensors are read one at a time, so no second copy is held. With `tile` the
+    VAE works in tiles of so many pixels (`WanVAE.tile`); the stand-in needs none. Raises `WanmoeError` where
+    the file is missing, broken, or of another kind.
     """
     if str(path) == HaarCodec.name:
         return HaarCodec().to(device)
     path = Path(path)
     if path.is_dir():
-        return _load_folder(path, dtype).to(device)
-    if not path.is_file():
+        codec = _load_folder(path, dtype)
+    elif path.is_file():
+        codec = _load_file(path, dtype, device)
+    else:
         raise WanmoeError(
             f"codec {path}: no such file or folder; give 'haar', a VAE file or a diffusers folder"
         )
-    return _load_file(path, dtype).to(device)
+    if tile is not None:
+        codec.tile(tile)
+    return codec.to(device)
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> WanVAE:
@@ -266,45 +306,30 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> WanVAE:
     return WanVAE(vae, weights, tuple(vae.config.latents_mean), tuple(vae.config.latents_std))
 
 
-def _load_file(path: Path, dtype: torch.dtype) -> WanVAE:
+def _load_file(path: Path, dtype: torch.dtype, device: str | torch.device) -> WanVAE:
     from diffusers import AutoencoderKLWan
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-    state = read_state_dict(path, "codec")
-    if "encoder.conv1.weight" in state:
-        state = convert_wan_vae_to_diffusers(state)
-    if "encoder.conv_in.weight" not in state or "quant_conv.weight" not in state:
-        raise WanmoeError(
-            f"codec {path}: the keys are not those of a Wan VAE (encoder.conv1.weight is missing)"
-        )
-    _check_config(
-        path, state["post_quant_conv.weight"].shape[0], "encoder.down_blocks.0.resnets.0.norm1.gamma" in state
+    stored = open_weights(path).tensors
+    if "encoder.conv1.weight" in stored:
+        stored = convert_wan_vae_to_diffusers(stored)  # renames alone: the tensors stay on disk
+    needed = (
+        "encoder.conv_in.weight",
+        "quant_conv.weight",
+        "post_quant_conv.weight",
+        "decoder.norm_out.gamma",
     )
-    base_dim = state["encoder.conv_in.weight"].shape[0]
-    decoder_dim = state["decoder.norm_out.gamma"].shape[0]
+    if absent := [name for name in needed if name not in stored]:
+        raise WanmoeError(f"codec {path}: the keys are not those of a Wan VAE ({absent[0]} is missing)")
+    channels, base_dim, decoder_dim = (
+        stored[name].shape[0]
+        for name in ("post_quant_conv.weight", "encoder.conv_in.weight", "decoder.norm_out.gamma")
+    )
+    _check_config(path, channels, "encoder.down_blocks.0.resnets.0.norm1.gamma" in stored)
     with torch.device("meta"):
         vae: Any = AutoencoderKLWan(base_dim=base_dim, decoder_base_dim=decoder_dim)
-    try:
-        vae.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise WanmoeError(f"codec {path}: does not fit the Wan 2.1 VAE: {first_line(error)}") from error
-    return WanVAE(vae.to(dtype), [path], WAN_MEAN, WAN_STD)
-
-
-def read_state_dict(path: Path, what: str) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors` or a torch file, no code run; `WanmoeError` if it is broken."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise WanmoeError(f"{what} {path}: the file cannot be read: {first_line(error)}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WanmoeError(f"{what} {path}: the file is not a plain table of tensors")
-    return state
+    fill_module(vae, stored, f"codec {path}", dtype=dtype, device=device)
+    return WanVAE(vae, [path], WAN_MEAN, WAN_STD)
 
 
 def _check_config(path: Path, channels: int, residual: bool) -> None:

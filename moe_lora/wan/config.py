@@ -38,6 +38,11 @@ class WanConfig:
     """Width of the sinusoidal embedding of t."""
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
+    image_dim: int = 0
+    """Width of the CLIP tokens of the first frame, which Wan2.1 i2v attends to (1280); 0: it takes none."""
+    image_positions: int = 0
+    """Learned positions that are added to the CLIP tokens: 514 where first and last frame are given (Wan2.1
+    FLF2V, 257 tokens of each), else 0."""
 
     def __post_init__(self) -> None:
         if self.task not in BOUNDARIES:
@@ -58,6 +63,17 @@ class WanConfig:
             )
         if self.freq_dim % 2:
             raise WanmoeError(f"WanConfig.freq_dim is {self.freq_dim}; it must be even (cosines and sines)")
+        for name in ("image_dim", "image_positions"):
+            if getattr(self, name) < 0:
+                raise WanmoeError(f"WanConfig.{name} is {getattr(self, name)}; it must not be negative")
+        if self.image_dim and self.task != "i2v":
+            raise WanmoeError(
+                f"WanConfig.image_dim is {self.image_dim} for task {self.task!r}; CLIP tokens go with i2v"
+            )
+        if self.image_positions and not self.image_dim:
+            raise WanmoeError(
+                f"WanConfig.image_positions is {self.image_positions} without CLIP tokens; give image_dim too"
+            )
         if self.image_channels < 0 or (self.task == "i2v") != (self.image_channels > 0):
             raise WanmoeError(
                 f"WanConfig.in_dim {self.in_dim} does not fit task {self.task!r} and out_dim {self.out_dim}: "
@@ -81,7 +97,7 @@ class WanConfig:
 
     @classmethod
     def preset(cls, name: str) -> WanConfig:
-        """The sizes known by a name: t2v-A14B, i2v-A14B, t2v-1.3B, tiny.
+        """The sizes known by a name: t2v-A14B, i2v-A14B, i2v-14B (Wan2.1), t2v-1.3B, tiny.
 
         Raises WanmoeError that names the nearest preset.
         """
@@ -96,6 +112,7 @@ class WanConfig:
 _PRESETS: dict[str, WanConfig] = {
     "t2v-A14B": WanConfig(),
     "i2v-A14B": WanConfig(task="i2v", in_dim=36),
+    "i2v-14B": WanConfig(task="i2v", in_dim=36, image_dim=1280),
     "t2v-1.3B": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "tiny": WanConfig(dim=128, ffn_dim=384, num_heads=4, num_layers=8, text_dim=64, text_len=32, freq_dim=64),
 }

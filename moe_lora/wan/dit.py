@@ -1,7 +1,7 @@
 """The Wan2.2 video transformer, split into a prefix that is never trained and a tail that is.
 
 Letters: B clips, C channels, F latent frames, H, W latent height and width, L video tokens, Lc text tokens,
-D width, P rotated pairs per head.
+Li image tokens, D width, P rotated pairs per head.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class PrefixState(NamedTuple):
     """Tokens along time, height and width: L = frames * height * width."""
     height: int
     width: int
+    image: Tensor | None = None
+    """[B, Li, D] of a Wan2.1 i2v model."""
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -67,6 +69,42 @@ class CastLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_in] of any dtype -> [..., d_out] in the dtype of the weight."""
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class WideLayerNorm(nn.LayerNorm):
+    """A layer norm that computes in float32 (float64) whatever the dtype of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] of any dtype -> [..., D], wide."""
+        x = wide(x)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x), self.bias.to(x), self.eps)
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP tokens of the given frames to the width of the model, in Wan2.1 i2v models.
+
+    Source: Wan2.1 `wan/modules/model.py`, MLPProj.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        image_dim = config.image_dim
+        self.proj = nn.Sequential(
+            WideLayerNorm(image_dim),
+            CastLinear(image_dim, image_dim),
+            nn.GELU(),
+            CastLinear(image_dim, config.dim),
+            WideLayerNorm(config.dim),
+        )
+        if config.image_positions:
+            self.emb_pos = nn.Parameter(torch.zeros(1, config.image_positions, image_dim))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image [B, Li, image_dim] of any dtype -> [B, Li, D], wide."""
+        if hasattr(self, "emb_pos"):
+            image = wide(image) + wide(self.emb_pos)
+        out: Tensor = self.proj(image)
+        return out
 
 
 class Head(nn.Module):
@@ -110,6 +148,8 @@ class WanDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), WideLinear(dim, 6 * dim))
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
         self.head = Head(config)
+        if config.image_dim:
+            self.img_emb = ImageEmbedding(config)
         self._init_weights()
 
     def forward(
@@ -119,13 +159,15 @@ class WanDiT(nn.Module):
         context: Tensor | Sequence[Tensor],
         gates: Gates | None = None,
         image_latent: Tensor | None = None,
+        image_context: Tensor | None = None,
     ) -> Tensor:
         """v [B, out_dim, F, H, W], float32, of x [B, out_dim, F, H, W] at t [B] in [0, 1].
 
         context is [B, Lc, text_dim] or a list of [n, text_dim]; image_latent [B, 20, F, H, W] goes with i2v
-        alone. gates=None runs the frozen model. Raises WanmoeError for shapes that do not fit.
+        alone, image_context [B, Li, image_dim] (CLIP tokens) with Wan2.1 i2v alone. gates=None runs the
+        frozen model. Raises WanmoeError for shapes that do not fit.
         """
-        return self.tail(self.prefix(x, t, context, image_latent), gates)
+        return self.tail(self.prefix(x, t, context, image_latent, image_context, gates), gates)
 
     def prefix(
         self,
@@ -133,15 +175,22 @@ class WanDiT(nn.Module):
         t: Tensor,
         context: Tensor | Sequence[Tensor],
         image_latent: Tensor | None = None,
+        image_context: Tensor | None = None,
+        gates: Gates | None = None,
     ) -> PrefixState:
         """Embeddings and `blocks[:first_adapted]`, without a graph once the prefix is frozen.
 
-        Arguments as in `forward`; a frozen prefix passes no gradient to them.
+        Arguments as in `forward`; a frozen prefix passes no gradient to them. gates act where a frozen base
+        adapter sits before the first block that trains.
         """
         self._check(x, t, image_latent)
+        self._check_image_context(x.shape[0], image_context)
+        if gates is not None and self.prefix_frozen:
+            # ZeRO-3 counts the gradients that inputs of a block will get; here they get none.
+            gates = gates._replace(experts=gates.experts.detach(), base=gates.base.detach())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.prefix_frozen):
-            state = self._embed(x, t, context, image_latent)
-            return state._replace(x=self._run(range(self.first_adapted), state, None, None))
+            state = self._embed(x, t, context, image_latent, image_context)
+            return state._replace(x=self._run(range(self.first_adapted), state, gates))
 
     def tail(self, state: PrefixState, gates: Gates | None = None) -> Tensor:
         """`blocks[first_adapted:]` and the head: v [B, out_dim, F, H, W].
@@ -152,8 +201,7 @@ class WanDiT(nn.Module):
             # ZeRO-3 releases a leaf block's parameters before their gradients are taken unless one of the
             # block's positional inputs requires grad (deepspeed 0.19).
             state = state._replace(x=state.x.detach().requires_grad_(True))
-        context_gates = None if gates is None else gates.per_clip(state.x.shape[0], state.context.shape[1])
-        x = self._run(range(self.first_adapted, len(self.blocks)), state, gates, context_gates)
+        x = self._run(range(self.first_adapted, len(self.blocks)), state, gates)
         return self._unpatchify(self.head(x, state.e), state)
 
     def freeze_prefix(self, first: int) -> None:
@@ -173,7 +221,14 @@ class WanDiT(nn.Module):
         self.prefix_frozen = True
 
     def _prefix_parameters(self, first: int) -> Iterator[tuple[str, nn.Parameter]]:
-        embeddings = ("patch_embedding", "text_embedding", "time_embedding", "time_projection")
+        embeddings: tuple[str, ...] = (
+            "patch_embedding",
+            "text_embedding",
+            "time_embedding",
+            "time_projection",
+        )
+        if self.config.image_dim:
+            embeddings = (*embeddings, "img_emb")
         for prefix in (*embeddings, *(f"blocks.{i}" for i in range(first))):
             yield from self.get_submodule(prefix).named_parameters(prefix=prefix)
 
@@ -204,12 +259,30 @@ class WanDiT(nn.Module):
             found = "missing" if image_latent is None else tuple(image_latent.shape)
             raise WanmoeError(f"image_latent is {found}; this {config.task} model needs {expected}")
 
+    def _check_image_context(self, clips: int, image_context: Tensor | None) -> None:
+        config = self.config
+        if config.image_dim == 0:
+            if image_context is not None:
+                raise WanmoeError(
+                    f"image_context was given to a {config.task} model without CLIP tokens, which takes none"
+                )
+            return
+        positions = config.image_positions
+        shape = () if image_context is None else tuple(image_context.shape)
+        fits = len(shape) == 3 and (shape[0], shape[2]) == (clips, config.image_dim)
+        if not fits or (positions and shape[1] != positions):
+            raise WanmoeError(
+                f"image_context is {shape or 'missing'}; this model needs CLIP tokens "
+                f"[{clips}, {positions or 'tokens'}, {config.image_dim}]"
+            )
+
     def _embed(
         self,
         x: Tensor,
         t: Tensor,
         context: Tensor | Sequence[Tensor],
         image_latent: Tensor | None,
+        image_context: Tensor | None,
     ) -> PrefixState:
         frames, height, width = (
             size // patch for size, patch in zip(x.shape[2:], self.config.patch_size, strict=True)
@@ -223,7 +296,8 @@ class WanDiT(nn.Module):
             (frames, height, width), self.config.head_dim, dtype=e0.dtype, device=tokens.device
         )
         text = self.text_embedding(self._pad_context(context, x.shape[0]))
-        return PrefixState(tokens, e, e0, text, cos, sin, frames, height, width)
+        image = None if image_context is None else self.img_emb(image_context).to(text.dtype)
+        return PrefixState(tokens, e, e0, text, cos, sin, frames, height, width, image)
 
     def _time_frequencies(self, t: Tensor) -> Tensor:
         """t [B] -> [B, freq_dim] float64, cosines first."""
@@ -245,12 +319,11 @@ class WanDiT(nn.Module):
             raise WanmoeError(f"context holds {len(rows)} clips, x holds {clips}")
         return torch.stack([F.pad(row, (0, 0, 0, text_len - row.shape[0])) for row in rows])
 
-    def _run(
-        self, indices: range, state: PrefixState, gates: Gates | None, context_gates: Gates | None
-    ) -> Tensor:
+    def _run(self, indices: range, state: PrefixState, gates: Gates | None) -> Tensor:
         x = state.x
+        context_gates = None if gates is None else gates.per_clip(x.shape[0], state.context.shape[1])
         for i in indices:
-            args = (x, state.e0, state.context, state.cos, state.sin, gates, context_gates)
+            args = (x, state.e0, state.context, state.cos, state.sin, gates, context_gates, state.image)
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self.blocks[i], *args, use_reentrant=False)
             else:

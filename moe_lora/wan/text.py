@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WanmoeError
-from .codec import file_digest, first_line, read_state_dict
+from .codec import file_digest, first_line
+from .weight_files import StoredTensor, fill_module, open_weights
 
 MAX_LENGTH = 512
 
@@ -222,7 +223,7 @@ def load_text_encoder(
         )
     elif path.is_file():
         tokenizer = _load_tokenizer(path, tokenizer_path, [path.parent / "google" / "umt5-xxl"])
-        model = _load_original(path, dtype)
+        model = _load_original(path, dtype, device)
         files = [path]
     else:
         raise WanmoeError(
@@ -287,46 +288,43 @@ _LAYER_NAMES = {
 }
 
 
-def _from_original_names(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _from_original_names(path: Path, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Key names of the original umT5 file -> those of transformers."""
-    renamed: dict[str, Tensor] = {}
-    for key, value in state.items():
+    renamed: dict[str, StoredTensor] = {}
+    for key, value in stored.items():
         parts = key.removesuffix(".weight").split(".", 2)
         if parts[0] == "token_embedding":
             renamed["shared.weight"] = renamed["encoder.embed_tokens.weight"] = value
         elif parts[0] == "norm":
             renamed["encoder.final_layer_norm.weight"] = value
-        elif parts[0] == "blocks" and len(parts) == 3 and parts[2] in _LAYER_NAMES:
+        elif len(parts) == 3 and parts[0] == "blocks" and parts[1].isdigit() and parts[2] in _LAYER_NAMES:
             renamed[f"encoder.block.{parts[1]}.{_LAYER_NAMES[parts[2]]}.weight"] = value
         else:
             raise WanmoeError(f"text encoder {path}: unknown key {key!r}; expected Wan's umT5 encoder file")
     return renamed
 
 
-def _load_original(path: Path, dtype: torch.dtype | None) -> Any:
+def _load_original(path: Path, dtype: torch.dtype | None, device: str | torch.device) -> Any:
     from transformers import UMT5Config, UMT5EncoderModel
 
-    state = _from_original_names(path, read_state_dict(path, "text encoder"))
+    stored = _from_original_names(path, open_weights(path).tensors)
     first = "encoder.block.0.layer."
     needed = ("shared.weight", f"{first}0.SelfAttention.q.weight", f"{first}1.DenseReluDense.wi_0.weight")
     bias = f"{first}0.SelfAttention.relative_attention_bias.weight"
-    if missing := [key for key in (*needed, bias) if key not in state]:
+    if missing := [key for key in (*needed, bias) if len(stored[key].shape if key in stored else ()) != 2]:
         raise WanmoeError(f"text encoder {path}: the weights of {', '.join(missing)} are missing")
-    (vocabulary, width), (attention, _), (hidden, _) = (state[key].shape for key in needed)
-    buckets, heads = state[bias].shape
+    (vocabulary, width), (attention, _), (hidden, _) = (stored[key].shape for key in needed)
+    buckets, heads = stored[bias].shape
     config = UMT5Config(
         vocab_size=vocabulary,
         d_model=width,
         d_kv=attention // heads,
         d_ff=hidden,
-        num_layers=1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.block.")),
+        num_layers=1 + max(int(key.split(".")[2]) for key in stored if key.startswith("encoder.block.")),
         num_heads=heads,
         relative_attention_num_buckets=buckets,
     )
     with torch.device("meta"):
         model: Any = UMT5EncoderModel(config)
-    try:
-        model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise WanmoeError(f"text encoder {path}: does not fit umT5: {first_line(error)}") from error
-    return model.to(dtype) if dtype is not None else model
+    fill_module(model, stored, f"text encoder {path}", dtype=dtype, device=device)
+    return model

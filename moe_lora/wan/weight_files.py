@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,11 +14,25 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import WanmoeError
 
-__all__ = ["StoredTensor", "Weights", "WeightsError", "open_weights", "weight_files"]
+__all__ = [
+    "StoredTensor",
+    "Weights",
+    "WeightsError",
+    "check_tensors",
+    "fill_module",
+    "open_weights",
+    "weight_files",
+]
+
+_log = logging.getLogger(__name__)
+
+_LISTED = 8
+"""Names of each kind that an error lists."""
+
 
 _INDEX = ".safetensors.index.json"
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
@@ -148,8 +164,16 @@ def _from_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, st
 
 def _from_torch(file: Path) -> dict[str, StoredTensor]:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+        mapped = zipfile.is_zipfile(file)
+        if not mapped:
+            _log.info("%s is in the torch format of before 1.6 and is read into memory whole", file)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except UnpicklingError as error:  # whose own text advises to run what the file holds
+        raise WeightsError(
+            f"{file}: not a whole torch file of plain tensors (it is cut short, or holds code, which is not "
+            "run); convert it to safetensors"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
             f"{file}: not a whole torch file of plain tensors ({cause}); convert it to safetensors"
@@ -171,6 +195,58 @@ def _from_mapping(content: Mapping[str, Any], label: str) -> dict[str, StoredTen
         return lambda: value.detach()
 
     return {name: StoredTensor(tuple(value.shape), reader(value)) for name, value in content.items()}
+
+
+def check_tensors(
+    expected: Mapping[str, tuple[int, ...]], named: Mapping[str, StoredTensor], label: str
+) -> None:
+    """Raises WeightsError that lists the tensors that are missing, of no use, or of another shape."""
+    missing = [name for name in expected if name not in named]
+    extra = [name for name in named if name not in expected]
+    wrong = [
+        f"{name} {named[name].shape} (expected {shape})"
+        for name, shape in expected.items()
+        if name in named and named[name].shape != shape
+    ]
+    faults = {"missing": missing, "extra": extra, "misshapen": wrong}
+    if any(faults.values()):
+        listed = "; ".join(
+            f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{', ...' if len(names) > _LISTED else ''}"
+            for kind, names in faults.items()
+            if names
+        )
+        raise WeightsError(f"{label}: does not hold this model ({len(expected)} tensors): {listed}")
+
+
+def fill_module(
+    module: nn.Module,
+    stored: Mapping[str, StoredTensor],
+    label: str,
+    *,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+) -> None:
+    """Reads the parameters of a module that was made on the meta device, one at a time, frozen.
+
+    So no second copy of the model is held. Parameters that are one stay one and are read once. dtype=None
+    keeps the stored dtype. Raises WeightsError where the names, shapes or dtypes do not fit.
+    """
+    empty = dict(module.named_parameters(remove_duplicate=False))
+    check_tensors({name: tuple(p.shape) for name, p in empty.items()}, stored, label)
+    filled: dict[int, nn.Parameter] = {}
+    for name, parameter in empty.items():
+        if id(parameter) not in filled:
+            tensor = stored[name].read()
+            if dtype is None and (not tensor.is_floating_point() or tensor.itemsize == 1):
+                raise WeightsError(
+                    f"{label}: {name} is stored as {tensor.dtype}, which cannot be computed in; "
+                    "give a dtype to convert to, e.g. bfloat16"
+                )
+            # A copy even where nothing changes: a mapped file may be replaced under a running job.
+            tensor = tensor.to(device=device, dtype=dtype, copy=True)
+            filled[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, filled[id(parameter)])
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -10,28 +10,38 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import file_sha256, write_atomic
+from ..errors import WanmoeError
+from ..files import remembered_sha256, write_atomic
 from .config import WanConfig
 from .dit import WanDiT
-from .weight_files import StoredTensor, Weights, WeightsError, open_weights, weight_files
+from .weight_files import StoredTensor, Weights, WeightsError, check_tensors, open_weights, weight_files
 
-__all__ = ["CONFIG_KEY", "WeightsError", "dit_hash", "load_dit", "save_dit", "to_diffusers", "to_original"]
+if TYPE_CHECKING:
+    from ..lora_merge import LoRAMerge, LoRASpec
+
+__all__ = [
+    "CONFIG_KEY",
+    "WeightsError",
+    "dit_hash",
+    "load_dit",
+    "read_dit_config",
+    "save_dit",
+    "to_diffusers",
+    "to_original",
+]
 
 CONFIG_KEY = "wanmoe_config"
 """Metadata key under which `save_dit` stores the WanConfig as JSON."""
-
-_LISTED = 8
-"""Names of each kind that an error lists."""
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "module.")
 
@@ -44,6 +54,11 @@ _TOP = {
     "time_projection.1": "condition_embedder.time_proj",
     "head.head": "proj_out",
     "head.modulation": "scale_shift_table",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
 }
 _PROJECTIONS = {
     "q": "to_q",
@@ -53,27 +68,26 @@ _PROJECTIONS = {
     "norm_q": "norm_q",
     "norm_k": "norm_k",
 }
+_IMAGE_PROJECTIONS = {"k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"}
 _BLOCK = {
     "modulation": "scale_shift_table",
     "norm3": "norm2",  # the norm before cross-attention; what diffusers calls norm3 has no weights
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
     **{f"self_attn.{ours}": f"attn1.{theirs}" for ours, theirs in _PROJECTIONS.items()},
-    **{f"cross_attn.{ours}": f"attn2.{theirs}" for ours, theirs in _PROJECTIONS.items()},
+    **{
+        f"cross_attn.{ours}": f"attn2.{theirs}"
+        for ours, theirs in (_PROJECTIONS | _IMAGE_PROJECTIONS).items()
+    },
 }
 _TOP_BACK = {theirs: ours for ours, theirs in _TOP.items()}
 _BLOCK_BACK = {theirs: ours for ours, theirs in _BLOCK.items()}
 _BLOCK_NAME = re.compile(r"^blocks\.\d+\.")
-_CLIP_MARKS = (
-    "img_emb.",
-    "k_img",
-    "v_img",
-    "condition_embedder.image_embedder",
-    ".add_k_proj",
-    ".add_v_proj",
-)
 _IMAGE_CHANNELS = 20
 _HEAD_DIM = 128
+# What the original config.json calls a model of first and last frame is i2v with another mask.
+_TASKS = {"flf2v": "i2v"}
+_UNUSED = ".attn2.norm_added_q.weight"
 _NAME = re.compile(r"^(?P<block>blocks\.\d+\.)?(?P<stem>.+?)(?P<leaf>\.weight|\.bias)?$")
 
 
@@ -101,14 +115,15 @@ def load_dit(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    loras: Sequence[LoRASpec] = (),
 ) -> WanDiT:
     """A frozen WanDiT from a file, a folder of shards, an index or a state dict.
 
     Names may be original, diffusers' or ComfyUI's. Without `config` the sizes are read from the tensors, and
     what those do not show (heads, text length, task) from the file's metadata or the `config.json` beside it;
     heads are dim / 128 if neither says. `dtype=None` keeps the stored dtype. Tensors are read one at a time,
-    so no second copy of the model is held. Raises WeightsError that names the file and lists the keys at
-    fault.
+    so no second copy of the model is held; `loras` are merged into them on the way. Raises WeightsError that
+    names the file and lists the keys at fault, WanmoeError for a LoRA that does not fit.
     """
     weights = open_weights(source)
     named = _original_names(weights)
@@ -117,7 +132,8 @@ def load_dit(
     with torch.device("meta"):
         dit = WanDiT(config)
     expected = {name: tuple(p.shape) for name, p in dit.state_dict().items()}
-    _check_keys(expected, named, weights.label)
+    check_tensors(expected, named, weights.label)
+    merge = _merge(loras, expected) if loras else None
     for name in expected:
         tensor = named[name].read()
         if dtype is None and (not tensor.is_floating_point() or tensor.itemsize == 1):
@@ -125,11 +141,35 @@ def load_dit(
                 f"{weights.label}: {name} is stored as {tensor.dtype}, which cannot be computed in; "
                 "give a dtype to convert to, e.g. bfloat16"
             )
+        if merge is not None:
+            tensor = merge.apply(name, tensor.to(device), dtype)
         # A copy even where nothing changes: a mapped file may be replaced under a running job.
         tensor = tensor.to(device=device, dtype=dtype, copy=True)
         module, _, leaf = name.rpartition(".")
         setattr(dit.get_submodule(module), leaf, torch.nn.Parameter(tensor, requires_grad=False))
     return dit.eval()
+
+
+def _merge(loras: Sequence[LoRASpec], expected: Mapping[str, tuple[int, ...]]) -> LoRAMerge:
+    # Not at the top: reading a LoRA takes the tables of names from this module.
+    from ..lora_merge import LoRAMerge
+
+    merge = LoRAMerge(loras)
+    merge.check(expected)
+    return merge
+
+
+def read_dit_config(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> tuple[WanConfig, str]:
+    """The WanConfig of a DiT and its layout ("original", "diffusers", "comfyui"), from headers alone.
+
+    What is read from where is as in `load_dit`. Raises WeightsError for what is no Wan DiT.
+    """
+    weights = open_weights(source)
+    config = _config_of(_original_names(weights), weights)
+    prefix = _prefix(weights)
+    if _is_diffusers(name.removeprefix(prefix) for name in weights.tensors):
+        return config, "diffusers"
+    return config, "comfyui" if "diffusion_model." in prefix else "original"
 
 
 def save_dit(dit: WanDiT, path: str | Path) -> None:
@@ -150,46 +190,27 @@ def dit_hash(dit_path: str | os.PathLike[str]) -> str:
 
     One file gives what `sha256sum file` prints. Raises WeightsError when there is nothing to read.
     """
-    digests = [file_sha256(file) for file in sorted(weight_files(dit_path))]
+    digests = [remembered_sha256(file) for file in sorted(weight_files(dit_path))]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _original_names(weights: Weights) -> dict[str, StoredTensor]:
     """The tensors under original names, whichever layout they came in."""
-    named: dict[str, StoredTensor] = {}
-    prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in weights.tensors)), "")
+    prefix = _prefix(weights)
     stripped = {name.removeprefix(prefix): tensor for name, tensor in weights.tensors.items()}
-    if any(name.startswith("condition_embedder.") for name in stripped):
+    if _is_diffusers(stripped):
         named = {to_original(name): tensor for name, tensor in stripped.items()}
-    else:
-        named = stripped
-    clip = sorted(name for name in named if any(mark in name for mark in _CLIP_MARKS))
-    if clip:
-        raise WeightsError(
-            f"{weights.label}: holds {clip[0]} and {len(clip) - 1} more tensors of CLIP image features: "
-            "a Wan2.1 i2v model, which is not supported yet; use a Wan2.2 i2v model"
-        )
-    return named
+        # Early conversions of Wan2.1 i2v hold a norm that no forward reads; diffusers leaves it out too.
+        return {name: tensor for name, tensor in named.items() if not name.endswith(_UNUSED)}
+    return stripped
 
 
-def _check_keys(
-    expected: Mapping[str, tuple[int, ...]], named: Mapping[str, StoredTensor], label: str
-) -> None:
-    missing = [name for name in expected if name not in named]
-    extra = [name for name in named if name not in expected]
-    wrong = [
-        f"{name} {named[name].shape} (expected {shape})"
-        for name, shape in expected.items()
-        if name in named and named[name].shape != shape
-    ]
-    faults = {"missing": missing, "extra": extra, "misshapen": wrong}
-    if any(faults.values()):
-        listed = "; ".join(
-            f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{', ...' if len(names) > _LISTED else ''}"
-            for kind, names in faults.items()
-            if names
-        )
-        raise WeightsError(f"{label}: does not hold this model ({len(expected)} tensors): {listed}")
+def _prefix(weights: Weights) -> str:
+    return next((p for p in _PREFIXES if any(name.startswith(p) for name in weights.tensors)), "")
+
+
+def _is_diffusers(names: Iterable[str]) -> bool:
+    return any(name.startswith("condition_embedder.") for name in names)
 
 
 def _config_of(named: Mapping[str, StoredTensor], weights: Weights) -> WanConfig:
@@ -218,6 +239,8 @@ def _config_of(named: Mapping[str, StoredTensor], weights: Weights) -> WanConfig
         "out_dim": out_dim,
         "text_dim": shape["text_embedding.0.weight"][1],
         "freq_dim": shape["time_embedding.0.weight"][1],
+        "image_dim": (*shape.get("img_emb.proj.1.weight", ()), 0, 0)[1],
+        "image_positions": (*shape.get("img_emb.emb_pos", ()), 0, 0)[1],
     }
     if in_dim - out_dim not in (0, _IMAGE_CHANNELS):
         raise WeightsError(
@@ -236,7 +259,10 @@ def _config_of(named: Mapping[str, StoredTensor], weights: Weights) -> WanConfig
             f"{_HEAD_DIM}; give a config"
         )
     shown = {"task": "t2v" if in_dim == out_dim else "i2v", "num_heads": dim // _HEAD_DIM}
-    return WanConfig(**{**shown, **stated, **sizes, "patch_size": tuple(patch)})
+    try:
+        return WanConfig(**{**shown, **stated, **sizes, "patch_size": tuple(patch)})
+    except WanmoeError as error:
+        raise WeightsError(f"{weights.label}: {error}") from error
 
 
 def _stated_config(text: str, label: str) -> WanConfig:
@@ -257,6 +283,10 @@ def _read_config_json(weights: Weights) -> dict[str, Any]:
     if isinstance(heads, int) and isinstance(raw.get("attention_head_dim"), int):
         stated["dim"] = heads * raw["attention_head_dim"]
     if "model_type" in raw:
-        stated["task"] = raw["model_type"]
+        stated["task"] = _TASKS.get(raw["model_type"], raw["model_type"])
+    if "pos_embed_seq_len" in raw:
+        stated["image_positions"] = raw["pos_embed_seq_len"] or 0
+    if "image_dim" in raw:
+        stated["image_dim"] = raw["image_dim"] or 0
     stated.pop("patch_size", None)
     return stated

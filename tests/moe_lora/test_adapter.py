@@ -120,12 +120,11 @@ def test_each_alpha_scales_exactly_its_own_term(dit, clip, which):
         if which == "alpha_base"
         else (linear.expert_down[2], linear.expert_up[2], torch.tensor([0.8, 0.0])[:, None, None])
     )
-    expected = part.double() * (x @ down.double().t() @ up.double().t()) * linear.scale
+    expected = part.double() * (x @ down.double().t() @ up.double().t()) * linear.scale_expert
     if which == "alpha_expert":
         first = torch.tensor([0.2, 1.0], dtype=torch.float64)[:, None, None]
-        expected += (
-            first * (x @ linear.expert_down[0].double().t() @ linear.expert_up[0].double().t()) * linear.scale
-        )
+        down, up = linear.expert_down[0].double(), linear.expert_up[0].double()
+        expected += first * (x @ down.t() @ up.t()) * linear.scale_expert
     torch.testing.assert_close(one - nothing, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -214,7 +213,7 @@ def test_adapter_parameters_are_fp32_on_a_bf16_base(dit, clip):
 def test_dropout_keeps_the_mean(kind):
     torch.manual_seed(0)
     config = AdapterConfig(blocks=2, **{kind: 0.5})
-    linear = LoRAMoELinear(torch.nn.Linear(6, 5), 4, 1, config)
+    linear = LoRAMoELinear(torch.nn.Linear(6, 5), 4, 4, 1, config)
     torch.nn.init.normal_(linear.base_down)
     torch.nn.init.normal_(linear.base_up)
     x, gates = torch.randn(1, 6), Gates(torch.zeros(1, 1), torch.ones(1), 1)
@@ -228,7 +227,7 @@ def test_dropout_keeps_the_mean(kind):
 
 def test_module_dropout_takes_base_and_experts_of_a_linear_together():
     torch.manual_seed(0)
-    linear = LoRAMoELinear(torch.nn.Linear(6, 5), 2, 3, AdapterConfig(blocks=2, module_dropout=0.5))
+    linear = LoRAMoELinear(torch.nn.Linear(6, 5), 2, 2, 3, AdapterConfig(blocks=2, module_dropout=0.5))
     for parameter in (linear.base_up, linear.expert_up):
         torch.nn.init.ones_(parameter)
     seen = set()
@@ -284,3 +283,47 @@ def test_blocks_by_number_name_and_list(blocks, count):
 def test_blocks_that_do_not_exist_are_refused(dit, blocks):
     with pytest.raises(WanmoeError, match=r"adapter.blocks = .* does not fit a model of 4 blocks"):
         attach(dit, AdapterConfig.model_validate({"blocks": blocks}))
+
+
+WIDE_BASE = AdapterConfig(
+    blocks=1,
+    ffn_blocks=0,
+    base_ranks={"blocks.0.self_attn.q": 3, "blocks.0.ffn.2": 5, "blocks.3.self_attn.q": 16},
+)
+
+
+def test_a_base_of_its_own_coverage_and_ranks(dit, clip):
+    """The frozen model with every delta added to its weights is the truth; experts sit in block 3 alone."""
+    adapter = randomise(attach(dit.double(), WIDE_BASE))
+    for parameter in adapter.parameters().values():
+        parameter.data = parameter.data.double()
+    clip = clip | {"x": clip["x"].double(), "context": [c.double() for c in clip["context"]]}
+    names = adapter.parameters(("experts",))
+    assert len(names) == 16 and all(name.startswith("blocks.3.") for name in names)
+    assert adapter.modules["blocks.0.ffn.2"].base_down.shape == (5, 40)
+    assert adapter.modules["blocks.3.self_attn.q"].base_down.shape == (16, 24)
+    assert adapter.modules["blocks.3.self_attn.q"].expert_down.shape == (4, 8, 24)
+    assert not [name for name in dit.state_dict() if "blocks.0" in name and "expert" in name]
+    out = dit(**clip, gates=adapter.gates(torch.eye(4)[[2, 2]], clip["t"], tokens=12, alpha_base=0.3))
+    for linear in adapter.modules.values():
+        linear.weight.data += 0.3 * linear.scale_base * linear.base_up @ linear.base_down
+        if linear.experts:
+            linear.weight.data += linear.scale_expert * linear.expert_up[2] @ linear.expert_down[2]
+    torch.testing.assert_close(out, dit(**clip, gates=None), rtol=1e-7, atol=1e-7)
+
+
+def test_a_base_before_the_experts_keeps_the_prefix_until_it_trains(dit, clip):
+    adapter = randomise(attach(dit, WIDE_BASE))
+    gates = adapter.gates(torch.eye(4)[[1, 2]], clip["t"], tokens=12)
+    whole = dit(**clip, gates=gates)
+    for part, first in (("experts", 3), ("base", 0)):
+        trained = adapter.train_only((part,))
+        assert dit.first_adapted == first
+        assert torch.equal(dit(**clip, gates=gates), whole)
+        gradients = torch.autograd.grad(dit(**clip, gates=gates).square().mean(), list(trained.values()))
+        assert all(gradient.any() for gradient in gradients), part
+
+
+def test_base_ranks_of_a_linear_that_is_not_there_are_refused(dit):
+    with pytest.raises(WanmoeError, match=r"base_ranks: this model of 4 blocks has no blocks\.7\.ffn\.0"):
+        attach(dit, AdapterConfig(blocks=1, base_ranks={"blocks.7.ffn.0": 4}))

@@ -6,6 +6,7 @@ import stat
 
 import pytest
 
+from wanmoe.moe_lora import files
 from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.moe_lora.files import file_sha256, write_atomic
 from wanmoe.moe_lora.wan.codec import file_digest
@@ -79,3 +80,34 @@ def test_sums_of_one_file_and_of_several(tmp_path):
     assert [file_sha256(file) for file in files] == [hashlib.sha256(c).hexdigest() for c in data.values()]
     assert file_digest(files[:1]) == file_sha256(str(files[0]))
     assert file_digest(files) == hashlib.sha256(b"a\0" + data["a"] + b"b\0").hexdigest()
+
+
+def test_the_hash_of_a_large_file_is_remembered_until_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "REMEMBERED_BYTES", 4)
+    hashed = []
+    real = files.file_sha256
+    monkeypatch.setattr(files, "file_sha256", lambda path: hashed.append(path) or real(path))
+    path = tmp_path / "model"
+    path.write_bytes(b"weights")
+    digest = files.remembered_sha256(path)
+    assert digest == real(path)
+    assert files.remembered_sha256(path) == digest and len(hashed) == 1
+    os.utime(path, ns=(1, 1))
+    assert files.remembered_sha256(path) == digest and len(hashed) == 2
+    path.write_bytes(b"WEIGHTS")
+    assert files.remembered_sha256(path) == real(path) != digest
+    for record in (tmp_path / "cache" / "wanmoe" / "sha256").iterdir():
+        record.write_text("{")
+    assert files.remembered_sha256(path) == real(path)
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch, caplog):
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "REMEMBERED_BYTES", 0)
+    path = tmp_path / "model"
+    path.write_bytes(b"weights")
+    with caplog.at_level("INFO", logger="wanmoe"):
+        assert files.remembered_sha256(path) == files.file_sha256(path)
+    assert "is not remembered" in caplog.text

@@ -3,8 +3,10 @@
 import pytest
 
 from wanmoe.moe_lora import Expert, ExpertSet, WanmoeError
+from wanmoe.moe_lora.instruments import CHOLEC, known_experts
 
 SURGICAL = ExpertSet()
+TOOLS = ExpertSet(CHOLEC)
 
 
 @pytest.mark.parametrize(
@@ -68,3 +70,70 @@ def test_names_with_signs_at_their_edges_match_themselves(name):
 def test_bad_sets_are_refused(experts, words):
     with pytest.raises(WanmoeError, match=words):
         ExpertSet(experts)
+
+
+@pytest.mark.parametrize(
+    ("text", "hits"),
+    [
+        ("抓钳抓取组织", {"grasper": 2}),
+        ("双极电凝钳止血", {"bipolar": 1}),
+        ("电凝钩切割", {"hook": 1}),
+        ("剪刀剪切", {"scissors": 2}),
+        ("钛夹钳夹闭胆囊管", {"clipper": 2}),
+        ("吸引器吸引", {"irrigator": 2}),
+        ("bipolar forceps", {"bipolar": 1}),  # not the grasper's forceps
+        ("a video clip, 夹住, 呼吸", {}),
+    ],
+)
+def test_the_six_tools_are_found_by_their_words(text, hits):
+    assert TOOLS.find(text) == hits
+
+
+@pytest.mark.parametrize(
+    ("name", "tools", "families"),
+    [
+        ("Hook/Electrocautery", {"bipolar": 0.5, "hook": 0.5}, {"Hook/Electrocautery": 1.0}),
+        ("Other", {"grasper": 0.5, "clipper": 0.5}, {"Other": 1.0}),
+        (" suction", {"irrigator": 1.0}, {"Suction": 1.0}),
+        ("Scissors", {"scissors": 1.0}, {"Scissors": 1.0}),
+        ("bipolar", {"bipolar": 1.0}, {"Hook/Electrocautery": 1.0}),
+        ("hook", {"hook": 1.0}, {"Hook/Electrocautery": 1.0}),
+        ("Grasper", {"grasper": 1.0}, {"Other": 1.0}),
+        ("clipper", {"clipper": 1.0}, {"Other": 1.0}),
+        ("irrigator", {"irrigator": 1.0}, {"Suction": 1.0}),
+        ("电凝钩", {"hook": 1.0}, {"Hook/Electrocautery": 1.0}),
+    ],
+)
+def test_names_of_either_taxonomy_are_understood_by_both(name, tools, families):
+    assert TOOLS.weights(name) == tools
+    assert SURGICAL.weights(name) == families
+
+
+def test_only_the_members_that_are_there_share_a_family():
+    some = ExpertSet(known_experts(["grasper", "hook"]))
+    assert some.weights("Hook/Electrocautery") == {"hook": 1.0}
+    with pytest.raises(WanmoeError, match="unknown expert 'Suction'; nearest is .*known are: grasper, hook"):
+        some.weights("Suction")
+
+
+def test_own_names_and_words_go_before_the_other_taxonomy():
+    own = ExpertSet([Expert(name="hook"), Expert(name="blade", keywords=("Hook/Electrocautery",))])
+    assert own.weights("hook/electrocautery") == {"blade": 1.0}
+    assert ExpertSet([Expert(name="other"), Expert(name="grasper")]).weights("Other") == {"other": 1.0}
+    with pytest.raises(WanmoeError, match="unknown expert 'Suction'"):
+        ExpertSet([Expert(name="milk"), Expert(name="thanks")]).weights("Suction")
+
+
+def test_known_names_get_our_words_and_others_their_own():
+    assert known_experts(expert.name for expert in CHOLEC) == CHOLEC
+    assert known_experts(SURGICAL.names) == SURGICAL.experts
+    assert known_experts(["Type-A"]) == (Expert(name="Type-A"),)
+    spelt = known_experts(["SCISSORS", "HOOK"])
+    assert [expert.name for expert in spelt] == ["SCISSORS", "HOOK"]
+    assert ExpertSet(spelt).find("剪刀,电凝钩") == {"SCISSORS": 1, "HOOK": 1}
+
+
+def test_a_list_from_both_taxonomies_is_a_usable_set():
+    mixed = ExpertSet(known_experts(["clipper", "Other", "Hook/Electrocautery", "bipolar"]))
+    assert mixed.find("bipolar") == {"bipolar": 1}
+    assert mixed.find("trocar, clipper, cautery") == {"Other": 1, "clipper": 1, "Hook/Electrocautery": 1}

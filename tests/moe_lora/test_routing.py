@@ -5,6 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from wanmoe.moe_lora import ExpertSet, Gates, RouterConfig, WanmoeError
+from wanmoe.moe_lora.instruments import CHOLEC
 from wanmoe.moe_lora.routing import (
     LearnedRouter,
     RuleRouter,
@@ -58,6 +59,15 @@ def test_bad_weights_are_refused(weights):
 def test_unknown_hint_names_the_nearest():
     with pytest.raises(WanmoeError, match="unknown expert 'Sucker'; nearest is 'Suction'"):
         RULE.route(hint="Sucker")
+
+
+def test_hints_mixes_and_labels_speak_either_taxonomy():
+    tools = RuleRouter(ExpertSet(CHOLEC))  # grasper, bipolar, hook, scissors, clipper, irrigator
+    assert tools.route(hint="Hook/Electrocautery").tolist() == [0, 0.5, 0.5, 0, 0, 0]
+    mixed = tools.route(mix={"Other": 0.5, "Scissors": 0.3, "clipper": 0.2})
+    torch.testing.assert_close(mixed, torch.tensor([0.25, 0, 0, 0.3, 0.45, 0]))
+    assert tools.route(labels=[("Suction", 1.0), ("hook", 3.0)]).tolist() == [0, 0, 0.75, 0, 0, 0.25]
+    assert RULE.route(mix={"bipolar": 1.0, "hook": 2.0, "grasper": 1.0}).tolist() == [0, 0.75, 0, 0.25]
 
 
 def test_bands_are_off_half_full():

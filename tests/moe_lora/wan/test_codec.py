@@ -1,21 +1,24 @@
 """Codecs: the stand-in wavelet's algebra, and the Wan VAE against direct calls of diffusers."""
 
 import os
+import weakref
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
 from safetensors.torch import save_file
 
 from wanmoe.moe_lora.errors import WanmoeError
+from wanmoe.moe_lora.wan import codec as codec_module
 from wanmoe.moe_lora.wan.codec import (
     HAAR_BANDS,
     WAN_MEAN,
     WAN_STD,
     HaarCodec,
     haar_matrix,
+    image_condition,
     latent_shape,
     load_vae,
 )
@@ -268,7 +271,7 @@ def test_a_missing_or_broken_file_is_one_clear_line(vae: AutoencoderKLWan, tmp_p
 def test_a_file_with_code_in_it_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "vae.pth"
     torch.save({"encoder.conv1.weight": Path}, path)
-    with pytest.raises(WanmoeError, match="cannot be read"):
+    with pytest.raises(WanmoeError, match="holds code, which is not run"):
         load_vae(path)
 
 
@@ -278,3 +281,139 @@ def test_a_vae_of_another_size_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(WanmoeError, match="4 latent channels"):
         load_vae(tmp_path)
+
+
+def test_the_file_is_read_once_and_never_a_second_time_in_memory(
+    vae: AutoencoderKLWan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(_original_layout(vae.state_dict()), path := tmp_path / "vae.safetensors")
+    read: list[str] = []
+    alive: list[weakref.ref[torch.Tensor]] = []
+    open_weights = codec_module.open_weights
+
+    def watched(source):  # type: ignore[no-untyped-def]
+        weights = open_weights(source)
+
+        def one(name, stored):  # type: ignore[no-untyped-def]
+            def take() -> torch.Tensor:
+                # The tensor of before may still be in the caller's hand, those before it not.
+                assert sum(each() is not None for each in alive) <= 1, "what was read is still in memory"
+                tensor = stored.read()
+                read.append(name)
+                alive.append(weakref.ref(tensor))
+                return tensor
+
+            return stored._replace(read=take)
+
+        return weights._replace(tensors={name: one(name, t) for name, t in weights.tensors.items()})
+
+    monkeypatch.setattr(codec_module, "open_weights", watched)
+    codec = load_vae(path, dtype=torch.bfloat16)
+    assert sorted(read) == sorted(_original_layout(vae.state_dict()))
+    assert {parameter.dtype for parameter in codec.parameters()} == {torch.bfloat16}
+    assert not any(parameter.is_meta for parameter in codec.parameters())
+
+
+def test_a_file_may_change_under_a_loaded_vae(vae: AutoencoderKLWan, tmp_path: Path) -> None:
+    torch.save(_original_layout(vae.state_dict()), path := tmp_path / "vae.pth")
+    codec = load_vae(path)
+    with path.open("r+b") as handle:
+        handle.write(bytes(path.stat().st_size))
+    video = _noise(1, 3, 1, 16, 16).clamp(-1, 1)
+    torch.testing.assert_close(codec.encode(video), _expected_latent(vae, video), atol=1e-6, rtol=1e-5)
+
+
+def test_a_torch_file_of_the_old_format_is_read_too(vae: AutoencoderKLWan, tmp_path: Path) -> None:
+    path = tmp_path / "vae.pth"
+    torch.save(_original_layout(vae.state_dict()), path, _use_new_zipfile_serialization=False)
+    video = _noise(1, 3, 1, 16, 16).clamp(-1, 1)
+    torch.testing.assert_close(
+        load_vae(path).encode(video), _expected_latent(vae, video), atol=1e-6, rtol=1e-5
+    )
+
+
+# ---------------------------------------------------------------------------------------------- tiles
+
+
+def _local(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """The same VAE without a look at its neighbours: only there must tiles change nothing at all."""
+    local = AutoencoderKLWan(base_dim=8).eval()
+    local.load_state_dict(vae.state_dict())
+    with torch.no_grad():
+        for name, weight in local.named_parameters():
+            if "attentions" in name and "proj" in name:
+                weight.zero_()
+            elif weight.ndim >= 4 and weight.shape[-1] == 3:
+                middle = weight[..., 1, 1].clone()
+                weight.zero_()
+                weight[..., 1, 1] = 3 * middle
+    return local
+
+
+def test_tiles_of_a_vae_that_sees_no_neighbours_change_nothing(vae: AutoencoderKLWan, tmp_path: Path) -> None:
+    _local(vae).save_pretrained(tmp_path)
+    whole, tiled = load_vae(tmp_path), load_vae(tmp_path, tile=64)
+    video = _noise(1, 3, 5, 96, 136).clamp(-1, 1)
+    latent = whole.encode(video)
+    seen: list[tuple[int, ...]] = []
+    for conv in (tiled.vae.encoder.conv_in, tiled.vae.decoder.conv_in):
+        conv.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[-2:])))
+    torch.testing.assert_close(tiled.encode(video), latent, atol=1e-5, rtol=1e-5)
+    assert max(seen) == (64, 64) and len(seen) == 2 * 2 * 3
+    seen.clear()
+    decoded = whole.decode(latent)
+    torch.testing.assert_close(tiled.decode(latent), decoded, atol=1e-5, rtol=1e-5)
+    assert max(seen) == (8, 8) and len(seen) == 2 * 2 * 3
+    assert latent.std() > 0.1 and decoded.std() > 0.05 and (decoded.abs() < 1).float().mean() > 0.5
+    seen.clear()
+    tiled.encode(video[..., :64, :64])
+    assert seen == [(64, 64)] * 2, "what fits in a tile is not cut"
+
+
+@pytest.mark.parametrize(("size", "nearest"), [(100, 96), (120, 128), (16, 32), (0, 32)])
+def test_a_tile_size_that_does_not_divide_names_the_nearest(
+    vae: AutoencoderKLWan, size: int, nearest: int, tmp_path: Path
+) -> None:
+    vae.save_pretrained(tmp_path)
+    with pytest.raises(
+        WanmoeError, match=rf"tile size {size} .* multiple of 32 pixels; nearest is {nearest}$"
+    ):
+        load_vae(tmp_path, tile=size)
+
+
+def test_the_stand_in_needs_no_tiles() -> None:
+    assert isinstance(load_vae("haar", tile=64), HaarCodec)
+
+
+# -------------------------------------------------------------------------------- first and last frame
+
+
+@pytest.mark.parametrize("frames", [5, 13])
+@pytest.mark.parametrize("with_last", [False, True])
+def test_the_image_condition_is_that_of_diffusers(
+    vae: AutoencoderKLWan, frames: int, with_last: bool, tmp_path: Path
+) -> None:
+    vae.save_pretrained(tmp_path)
+    first, last = _noise(3, 16, 24).clamp(-1, 1), _noise(3, 16, 24, seed=1).clamp(-1, 1)
+    if not with_last:
+        last = None
+    pipeline = WanImageToVideoPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=None)
+    with torch.no_grad():
+        _, expected = pipeline.prepare_latents(
+            first[None], 1, height=16, width=24, num_frames=frames, dtype=torch.float32,
+            device=torch.device("cpu"), last_image=None if last is None else last[None],
+        )  # fmt: skip
+    condition = image_condition(load_vae(tmp_path), first, frames, last)
+    assert condition.shape == (1, 20, (frames - 1) // 4 + 1, 2, 3)
+    assert torch.equal(condition[:, :4], expected[:, :4])
+    torch.testing.assert_close(condition, expected, atol=1e-5, rtol=1e-5)
+    marks = condition[0, :4, :, 0, 0].sum(0).tolist()
+    assert marks == [4.0] + [0.0] * ((frames - 1) // 4 - 1) + [1.0 if with_last else 0.0]
+
+
+def test_a_last_frame_must_fit_the_first_and_have_room() -> None:
+    codec, first = HaarCodec(), torch.zeros(3, 16, 24)
+    with pytest.raises(WanmoeError, match=r"a last frame \[3, 16, 16\] for a first one \[3, 16, 24\]"):
+        image_condition(codec, first, 5, torch.zeros(3, 16, 16))
+    with pytest.raises(WanmoeError, match=r"and 1 frames; .* at least 5"):
+        image_condition(codec, first, 1, first)

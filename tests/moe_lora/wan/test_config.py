@@ -15,6 +15,7 @@ def test_presets_have_the_published_sizes():
     assert (t2v.patch_size, t2v.eps, t2v.head_dim, t2v.image_channels) == ((1, 2, 2), 1e-6, 128, 0)
     assert i2v == dataclasses.replace(t2v, task="i2v", in_dim=36) and i2v.image_channels == 20
     assert (t2v.boundary, i2v.boundary) == (0.875, 0.900)
+    assert WanConfig.preset("i2v-14B") == dataclasses.replace(i2v, image_dim=1280)
     small = WanConfig.preset("t2v-1.3B")
     assert (small.dim, small.ffn_dim, small.num_heads, small.num_layers) == (1536, 8960, 12, 30)
     tiny = WanConfig.preset("tiny")
@@ -40,6 +41,9 @@ def test_an_unknown_preset_names_the_nearest():
         ({"task": "i2v"}, "in_dim 16 does not fit task 'i2v'"),
         ({"in_dim": 36}, "in_dim 36 does not fit task 't2v'"),
         ({"in_dim": 8}, "in_dim 8 does not fit"),
+        ({"image_dim": -1}, "image_dim is -1"),
+        ({"image_dim": 1280}, "image_dim is 1280 for task 't2v'"),
+        ({"task": "i2v", "in_dim": 36, "image_positions": 514}, "image_positions is 514 without"),
     ],
 )
 def test_sizes_that_cannot_be_built_are_refused(change, match):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from wanmoe.moe_lora.adapter import AdapterConfig, attach
 from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.moe_lora.routing import Gates
 from wanmoe.moe_lora.wan.block import WanLinear
@@ -27,6 +28,8 @@ ODD = dict(
 )  # 40 wide heads: 20 pairs, split 8/6/6
 T2V = WanConfig(**SMALL)
 I2V = WanConfig(task="i2v", in_dim=36, **SMALL)
+CLIP = WanConfig(task="i2v", in_dim=36, image_dim=28, **{**SMALL, "text_len": 512})  # Wan2.1 i2v
+FLF = WanConfig(task="i2v", in_dim=36, image_dim=28, image_positions=10, **{**SMALL, "text_len": 512})
 SHAPES = [(1, 2, 4), (3, 6, 10), (5, 4, 6)]  # latent F, H, W: 2, 45 and 30 tokens
 
 
@@ -36,7 +39,7 @@ def random_dit(config, *, dtype=torch.float32):
     dit = WanDiT(config).to(dtype)
     with torch.no_grad():
         for name, p in dit.named_parameters():
-            if p.ndim == 1:
+            if p.ndim == 1 or name == "img_emb.emb_pos":
                 p.copy_(torch.randn_like(p) * 0.3 + (1.0 if "norm" in name and "weight" in name else 0.0))
             elif "modulation" not in name:
                 p.copy_(torch.randn_like(p) / p[0].numel() ** 0.5)
@@ -54,8 +57,15 @@ def inputs(config, shape=(3, 6, 10), batch=1):
     return x, t, context, image
 
 
+def clip_tokens(config, batch=1):
+    if not config.image_dim:
+        return None
+    tokens = config.image_positions or 5
+    return torch.randn(batch, tokens, config.image_dim, generator=torch.Generator().manual_seed(2))
+
+
 def call(dit, x, t, context, image, gates=None):
-    return dit(x, t, context, gates, image)
+    return dit(x, t, context, gates, image, clip_tokens(dit.config, len(x)))
 
 
 def relative_error(a, b):
@@ -126,9 +136,10 @@ def test_equals_the_official_code(official, config, shape, batch):
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("config", [T2V, I2V], ids=["t2v", "i2v"])
+@pytest.mark.parametrize("config", [T2V, I2V, CLIP, FLF], ids=["t2v", "i2v", "wan2.1-i2v", "wan2.1-flf2v"])
 def test_equals_diffusers(config, shape, batch):
     dit = random_dit(config)
+    clip = clip_tokens(config, batch)
     theirs = WanTransformer3DModel(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.head_dim,
@@ -138,15 +149,23 @@ def test_equals_diffusers(config, shape, batch):
         freq_dim=config.freq_dim,
         ffn_dim=config.ffn_dim,
         num_layers=config.num_layers,
+        image_dim=config.image_dim or None,
+        added_kv_proj_dim=config.dim if config.image_dim else None,
+        pos_embed_seq_len=config.image_positions or None,
     )
     theirs.load_state_dict({to_diffusers(name): p for name, p in dit.state_dict().items()})
     x, t, context, image = inputs(config, shape, batch)
     padded = torch.stack([F.pad(row, (0, 0, 0, config.text_len - len(row))) for row in context])
     full = x if image is None else torch.cat((x, image), 1)
     with torch.no_grad():
-        truth = theirs(full, t * 1000, padded, return_dict=False)[0]
+        # diffusers takes the tokens of two frames as two rows where it has positions for both.
+        pairs = clip.unflatten(1, (2, -1)).flatten(0, 1) if config.image_positions else clip
+        truth = theirs(full, t * 1000, padded, pairs, return_dict=False)[0]
         v = call(dit, x, t, padded, image)
-    assert relative_error(v, truth) <= 1e-5
+        assert relative_error(v, truth) <= 1e-5
+        if clip is not None:
+            other = dit(x, t, padded, None, image, clip.flip(0, 1, 2))
+            assert relative_error(other, truth) > 1e-3, "the image tokens were not looked at"
 
 
 def test_float64_stays_float64():
@@ -167,6 +186,19 @@ def test_bf16_parameters_compute_norms_modulation_and_head_in_float32():
     assert relative_error(v, truth) <= 0.05
     state = random_dit(T2V, dtype=torch.bfloat16).prefix(x, t, context)
     assert state.x.dtype == torch.bfloat16 and state.e0.dtype == state.cos.dtype == torch.float32
+
+
+def test_image_tokens_go_through_a_bf16_model_with_float32_norms():
+    dit = random_dit(CLIP)
+    x, t, context, image = inputs(CLIP)
+    truth = call(dit, x, t, context, image)
+    dit.bfloat16()
+    for norm in (dit.img_emb.proj[0], dit.img_emb.proj[4]):  # as diffusers keeps them
+        norm.float()
+    v = call(dit, x, t, context, image)
+    assert v.dtype == torch.float32
+    assert relative_error(v, truth) <= 0.05
+    assert dit.prefix(x, t, context, image, clip_tokens(CLIP)).image.dtype == torch.bfloat16
 
 
 def test_context_may_be_a_list_or_padded():
@@ -274,7 +306,7 @@ class GateSpy(WanLinear):
         return super().forward(x, gates)
 
 
-def test_every_linear_of_a_tail_block_gets_its_gates():
+def test_every_linear_of_prefix_and_tail_gets_its_gates():
     dit = random_dit(T2V)
     dit.first_adapted = 1
     for block in dit.blocks:
@@ -284,33 +316,57 @@ def test_every_linear_of_a_tail_block_gets_its_gates():
     x, t, context, _ = inputs(T2V, batch=2)
     gates = Gates(torch.rand(6, 4), torch.ones(6), 15)  # one row per latent frame
     dit(x, t, context, gates)
-    for i, block in enumerate(dit.blocks):
+    for block in dit.blocks:
         spies = {name: m.seen for name, m in block.named_modules() if isinstance(m, GateSpy)}
         assert len(spies) == 10
         for name, (tokens, got) in spies.items():
             text = name in ("cross_attn.k", "cross_attn.v")
             assert tokens == (T2V.text_len if text else 45)
-            if i < 1:
-                assert got is None
-            elif text:
+            if text:
                 assert got.experts.shape == (2, 4) and got.tokens_per_row == T2V.text_len
             else:
                 assert got is gates
 
 
+def test_a_frozen_base_adapter_before_the_split_acts_without_a_graph():
+    whole, split = random_dit(T2V).requires_grad_(False), random_dit(T2V).requires_grad_(False)
+    names = ("blocks.0.self_attn.q", "blocks.0.cross_attn.k", "blocks.0.cross_attn.v", "blocks.1.ffn.2")
+    config = AdapterConfig(blocks=1, base_ranks=dict.fromkeys(names, 3))
+    adapters = [attach(dit, config) for dit in (whole, split)]
+    for adapter in adapters:
+        torch.manual_seed(3)
+        for module in adapter.modules.values():
+            module.base_up.data.normal_()
+    whole.first_adapted, whole.prefix_frozen = 0, False
+    adapters[1].train_only(("experts",))
+    assert split.first_adapted == 2
+    x, t, context, image = inputs(T2V, batch=2)
+    gates = Gates(torch.rand(6, 4, requires_grad=True), torch.rand(6, requires_grad=True), 15)
+    truth = call(whole, x, t, context, image, gates)
+    state = split.prefix(x, t, context, gates=gates)
+    assert state.x.grad_fn is None
+    torch.testing.assert_close(split.tail(state, gates), truth, rtol=1e-5, atol=1e-5)
+    without = split.tail(split.prefix(x, t, context), gates)
+    assert relative_error(without, truth) > 1e-3, "the base adapter of the prefix did nothing"
+
+
 @pytest.mark.parametrize(
-    ("name", "count"),
-    [("t2v-A14B", 14_288_491_584), ("i2v-A14B", 14_288_901_184), ("t2v-1.3B", 1_418_996_800)],
+    ("name", "count", "tensors"),
+    [
+        ("t2v-A14B", 14_288_491_584, 1095),
+        ("i2v-A14B", 14_288_901_184, 1095),
+        ("i2v-14B", 16_394_878_784, 1303),
+        ("t2v-1.3B", 1_418_996_800, 825),
+    ],
 )
-def test_sizes_of_the_published_models(name, count):
+def test_sizes_of_the_published_models(name, count, tensors):
     config = WanConfig.preset(name)
     with torch.device("meta"):
         dit = WanDiT(config)
     assert all(p.is_meta for p in dit.parameters()) and not list(dit.buffers())
     assert sum(p.numel() for p in dit.parameters()) == count
-    assert len(dit.state_dict()) == 27 * config.num_layers + 15
-    if config.num_layers == 40:
-        assert len(dit.state_dict()) == 1095
+    assert len(dit.state_dict()) == tensors
+    if tensors == 1095:
         assert sum(p.numel() for p in dit.blocks[0].parameters()) == 351_394_304
 
 
@@ -344,6 +400,16 @@ def test_shapes_that_do_not_fit_are_refused():
         i2v(x, t, context)
     with pytest.raises(WanmoeError, match=r"image_latent is \(1, 16"):
         i2v(x, t, context, None, image[:, :16])
+    with pytest.raises(WanmoeError, match="image_context was given to a i2v model without CLIP"):
+        i2v(x, t, context, None, image, torch.zeros(1, 5, 28))
+    for config, clip, match in (
+        (CLIP, None, r"image_context is missing; .* \[1, tokens, 28\]"),
+        (CLIP, torch.zeros(1, 5, 27), r"image_context is \(1, 5, 27\)"),
+        (FLF, torch.zeros(2, 5, 28), r"image_context is \(2, 5, 28\); .* \[1, 10, 28\]"),
+        (FLF, torch.zeros(1, 5, 28), r"image_context is \(1, 5, 28\)"),
+    ):
+        with pytest.raises(WanmoeError, match=match):
+            random_dit(config)(x, t, context, None, image, clip)
 
 
 def test_a_trainable_prefix_cannot_be_frozen():

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from wanmoe.moe_lora.errors import WanmoeError
+from wanmoe.moe_lora.wan import text as text_module
 from wanmoe.moe_lora.wan.text import (
     HashTextEncoder,
     UMT5TextEncoder,
@@ -216,6 +217,33 @@ def test_every_layout_equals_transformers(
         assert alone.std() > 0.1
     assert not encoder(ids, mask)[mask == 0].any()
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_every_tensor_of_the_original_file_is_read_once_and_the_two_names_of_one_stay_one(
+    model: UMT5EncoderModel,
+    tokenizer_folder: Path,
+    dtype: torch.dtype | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.save(_original_layout(model), path := tmp_path / "models_t5.pth")
+    read: list[str] = []
+    open_weights = text_module.open_weights
+
+    def counted(source):  # type: ignore[no-untyped-def]
+        weights = open_weights(source)
+
+        def one(name, stored):  # type: ignore[no-untyped-def]
+            return stored._replace(read=lambda: (read.append(name), stored.read())[1])
+
+        return weights._replace(tensors={name: one(name, t) for name, t in weights.tensors.items()})
+
+    monkeypatch.setattr(text_module, "open_weights", counted)
+    encoder = load_text_encoder(path, tokenizer_path=tokenizer_folder, dtype=dtype)
+    assert sorted(read) == sorted(_original_layout(model))
+    assert encoder.model.encoder.embed_tokens.weight is encoder.model.shared.weight
+    assert {parameter.dtype for parameter in encoder.parameters()} == {dtype or torch.float32}
 
 
 def test_prompts_are_cut_to_max_length(

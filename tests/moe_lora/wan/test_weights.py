@@ -1,8 +1,10 @@
 """Layouts, shards, inference of sizes, and errors that name what is wrong."""
 
+import dataclasses
 import hashlib
 import json
 import os
+import weakref
 
 import pytest
 import torch
@@ -11,13 +13,25 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wanmoe.moe_lora.errors import WanmoeError
+from wanmoe.moe_lora.lora_file import write_lora
+from wanmoe.moe_lora.lora_merge import LoRASpec
+from wanmoe.moe_lora.wan import weights
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
-from wanmoe.moe_lora.wan.weights import dit_hash, load_dit, save_dit, to_diffusers, to_original
+from wanmoe.moe_lora.wan.weights import (
+    dit_hash,
+    load_dit,
+    read_dit_config,
+    save_dit,
+    to_diffusers,
+    to_original,
+)
 
 SIZES = dict(dim=128, ffn_dim=96, num_heads=4, num_layers=2, text_dim=24, text_len=16, freq_dim=32)
 CONFIG = WanConfig(**SIZES)
 I2V = WanConfig(task="i2v", in_dim=36, **SIZES)
+CLIP = WanConfig(task="i2v", in_dim=36, image_dim=12, **SIZES)  # Wan2.1 i2v
+FLF = WanConfig(task="i2v", in_dim=36, image_dim=12, image_positions=6, **SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +56,18 @@ def as_diffusers(state):
     return {to_diffusers(name): tensor for name, tensor in state.items()}
 
 
-@pytest.mark.parametrize("config", [CONFIG, I2V], ids=["t2v", "i2v"])
+@pytest.mark.parametrize("config", [CONFIG, I2V, CLIP, FLF], ids=["t2v", "i2v", "wan2.1-i2v", "wan2.1-flf2v"])
 def test_names_map_to_diffusers_and_back(config):
     state = random_state(config)
     renamed = as_diffusers(state)
     theirs = WanTransformer3DModel(
         num_attention_heads=4, attention_head_dim=32, in_channels=config.in_dim, out_channels=16,
-        text_dim=24, freq_dim=32, ffn_dim=96, num_layers=2,
+        text_dim=24, freq_dim=32, ffn_dim=96, num_layers=2, image_dim=config.image_dim or None,
+        added_kv_proj_dim=128 if config.image_dim else None, pos_embed_seq_len=config.image_positions or None,
     )  # fmt: skip
     theirs.load_state_dict(renamed, strict=True)
     assert [to_original(name) for name in renamed] == list(state)
+    assert_holds(load_dit(theirs.state_dict(), config), state)
     assert to_diffusers("blocks.7.norm3.bias") == "blocks.7.norm2.bias"
     assert to_original("blocks.11.attn2.to_out.0.weight") == "blocks.11.cross_attn.o.weight"
     assert to_original("something.else") == "something.else"
@@ -192,18 +208,53 @@ def test_a_wrong_config_is_an_error_too(state):
         load_dit(state, I2V)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "img_emb.proj.0.weight",
-        "blocks.0.cross_attn.k_img.weight",
-        "condition_embedder.image_embedder.norm1.weight",
-        "blocks.0.attn2.add_k_proj.weight",
-    ],
-)
-def test_a_wan21_image_model_is_named_as_such(state, name):
-    with pytest.raises(WanmoeError, match=r"Wan2\.1 i2v model, which is not supported yet"):
-        load_dit({**state, name: torch.zeros(2)}, CONFIG)
+def test_image_tensors_that_do_not_make_a_whole_model_are_listed(state):
+    clip = random_state(CLIP)
+    part = {name: tensor for name, tensor in clip.items() if "v_img" not in name}
+    with pytest.raises(WanmoeError, match=r"4 missing: blocks\.0\.cross_attn\.v_img\.weight"):
+        load_dit(part)
+    with pytest.raises(WanmoeError, match=r"1 extra: img_emb\.proj\.0\.weight"):
+        load_dit({**state, "img_emb.proj.0.weight": torch.zeros(2)})
+    with pytest.raises(WanmoeError, match=r"^state dict: WanConfig\.image_dim is 12 for task 't2v'"):
+        load_dit({**state, "img_emb.proj.1.weight": torch.zeros(12, 12)})
+
+
+def test_a_norm_that_early_conversions_of_wan21_hold_is_left_out():
+    clip = random_state(CLIP)
+    stored = as_diffusers(clip)
+    stored |= {f"blocks.{i}.attn2.norm_added_q.weight": torch.ones(128) for i in range(2)}
+    assert_holds(load_dit(stored, CLIP), clip)
+
+
+def test_the_config_is_read_from_headers_alone(tmp_path):
+    for config, task in ((CONFIG, "t2v"), (I2V, "i2v"), (CLIP, "i2v"), (FLF, "i2v")):
+        state = random_state(config)
+        for layout, stored in {
+            "original": state,
+            "diffusers": as_diffusers(state),
+            "comfyui": {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()},
+        }.items():
+            file = tmp_path / f"{layout}.safetensors"
+            save_file(stored, file)
+            with open(file, "r+b") as handle:  # every number made a NaN: only the header may be looked at
+                start = 8 + int.from_bytes(handle.read(8), "little")
+                handle.seek(start)
+                handle.write(b"\xff" * (file.stat().st_size - start))
+            found, name = read_dit_config(file)
+            assert name == layout
+            assert found == dataclasses.replace(config, num_heads=1, text_len=512) and found.task == task
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "flf2v", "num_heads": 4, "text_len": 16}))
+    assert read_dit_config(tmp_path / "original.safetensors") == (FLF, "original")
+    theirs = {"num_attention_heads": 4, "attention_head_dim": 32, "image_dim": 12, "pos_embed_seq_len": 6}
+    (tmp_path / "config.json").write_text(json.dumps(theirs))
+    assert read_dit_config(tmp_path / "diffusers.safetensors")[0] == dataclasses.replace(FLF, text_len=512)
+    (tmp_path / "config.json").write_text(json.dumps({**theirs, "pos_embed_seq_len": None}))
+    with pytest.raises(WanmoeError, match=r"image_positions is 6 in the tensors but 0 in config\.json"):
+        read_dit_config(tmp_path / "diffusers.safetensors")
+    save_dit(load_dit(random_state(FLF), FLF), tmp_path / "ours.safetensors")
+    assert read_dit_config(tmp_path / "ours.safetensors") == (FLF, "original")
+    with pytest.raises(WanmoeError, match="not a Wan DiT"):
+        read_dit_config({"encoder.x": torch.zeros(1)})
 
 
 def test_other_models_are_refused_without_a_config(state):
@@ -277,3 +328,35 @@ def test_the_hash_is_that_of_the_bytes(state, tmp_path):
     next(iter(changed.values())).view(-1)[0] += 1
     save_file(changed, shard)
     assert dit_hash(folder) != before
+
+
+def test_a_model_is_read_once_and_never_a_second_time_in_memory(state, tmp_path, monkeypatch):
+    """Also while other LoRAs are merged into it and its dtype is changed."""
+    save_file(state, path := tmp_path / "dit.safetensors")
+    name = "blocks.0.self_attn.q"
+    width = state[f"{name}.weight"].shape[0]
+    write_lora(tmp_path / "lora.safetensors", {name: (torch.ones(2, width), torch.ones(width, 2))})
+    read, alive, real = [], [], weights.open_weights
+
+    def watched(source):
+        found = real(source)
+
+        def one(key, stored):
+            def take():
+                # The tensor of before may still be in the caller's hand, those before it not.
+                assert sum(each() is not None for each in alive) <= 1, "what was read is still in memory"
+                tensor = stored.read()
+                read.append(key)
+                alive.append(weakref.ref(tensor))
+                return tensor
+
+            return stored._replace(read=take)
+
+        return found._replace(tensors={key: one(key, t) for key, t in found.tensors.items()})
+
+    monkeypatch.setattr(weights, "open_weights", watched)
+    specs = [LoRASpec(tmp_path / "lora.safetensors", 0.5)]
+    dit = load_dit(path, dtype=torch.bfloat16, loras=specs)
+    assert sorted(read) == sorted(state)
+    merged = (state[f"{name}.weight"] + 0.5 * 2).bfloat16()
+    assert torch.equal(dit.get_parameter(f"{name}.weight"), merged)
