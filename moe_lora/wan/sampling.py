@@ -19,9 +19,33 @@ from torch import Tensor
 from ..errors import WanmoeError
 from ..routing import Gates
 
-__all__ = ["SOLVERS", "Denoiser", "Schedule", "make_schedule", "sample"]
+__all__ = [
+    "SOLVERS",
+    "TASK_DEFAULTS",
+    "Denoiser",
+    "SamplingDefaults",
+    "Schedule",
+    "make_schedule",
+    "sample",
+]
 
 SOLVERS = ("unipc", "dpm++", "euler")
+
+
+class SamplingDefaults(NamedTuple):
+    """Settings that a model was released with."""
+
+    shift: float
+    steps: int
+    guidance: tuple[float, float]
+    """(low, high)."""
+
+
+TASK_DEFAULTS = {
+    "t2v": SamplingDefaults(12.0, 40, (3.0, 4.0)),
+    "i2v": SamplingDefaults(5.0, 40, (3.5, 3.5)),
+}
+"""By `WanConfig.task`. Source: Wan2.2 `wan/configs/wan_{t2v,i2v}_A14B.py`."""
 
 _TRAIN_TIMESTEPS = 1000
 
@@ -41,6 +65,7 @@ class Denoiser(Protocol):
         context: Context,
         gates: Gates | None = None,
         image_latent: Tensor | None = None,
+        image_context: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -94,14 +119,18 @@ def sample(
     guidance: tuple[float, float] = (1.0, 1.0),
     gates: Callable[[Tensor], Gates | None] | None = None,
     image_latent: Tensor | None = None,
+    image_context: Tensor | None = None,
+    batched: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Tensor:
     """Integrates the flow from `noise` [B, C, F, H, W] at t = 1 to a latent of that shape, float32.
 
     Steps with t >= boundary run `high`, the others `low`; a side that no step needs may be None. guidance is
     (low, high): v = v_null + g (v_text - v_null), and g = 1 runs the text alone. `gates(t [B])` is asked once
-    a step and serves both passes. `progress(step, steps, "high" | "low")` is called after each step, counted
-    from 1. Raises WanmoeError for a missing side or null context and for settings that cannot run.
+    a step and serves both passes. `batched` makes one forward of them, on 2B clips: the text rows, then the
+    null rows of every tensor and of the gates. `progress(step, steps, "high" | "low")` is called after each
+    step, counted from 1. Raises WanmoeError for a missing side or null context and for settings that cannot
+    run.
     """
     schedule = make_schedule(steps, shift, solver)
     high_steps = schedule.high_steps(boundary)
@@ -125,17 +154,59 @@ def sample(
         flow_time = schedule.timesteps[step] / _TRAIN_TIMESTEPS
         t = torch.full((len(latent),), flow_time, dtype=torch.float64, device=latent.device)
         step_gates = None if gates is None else gates(t.float())
-        model, scale = models[side], scales[side]
+        model = models[side]
         assert model is not None
-        v = model(latent, t, context, step_gates, image_latent).float()
-        if scale != 1:
-            assert null_context is not None
-            v_null = model(latent, t, null_context, step_gates, image_latent).float()
-            v = v_null + scale * (v - v_null)
+        text = _Condition(context, step_gates, image_latent, image_context)
+        null = None if null_context is None else text._replace(context=null_context)
+        v = _guided(model, latent, t, text, null, scales[side], batched)
         latent = scheduler.step(v, scheduler.timesteps[step], latent, return_dict=False)[0]
         if progress is not None:
             progress(step + 1, steps, side)
     return latent
+
+
+class _Condition(NamedTuple):
+    """What a denoiser takes after x and t, in its order."""
+
+    context: Context
+    gates: Gates | None
+    image_latent: Tensor | None
+    image_context: Tensor | None
+
+
+def _guided(
+    model: Denoiser,
+    x: Tensor,
+    t: Tensor,
+    text: _Condition,
+    null: _Condition | None,
+    scale: float,
+    batched: bool,
+) -> Tensor:
+    """v of the text, led away from the null text by `scale`, float32."""
+    if scale == 1:
+        return model(x, t, *text).float()
+    assert null is not None
+    if batched:
+        v_text, v_null = model(_twice(x), _twice(t), *_joined(text, null)).float().chunk(2)
+    else:
+        v_text, v_null = model(x, t, *text).float(), model(x, t, *null).float()
+    return v_null + scale * (v_text - v_null)
+
+
+def _joined(text: _Condition, null: _Condition) -> _Condition:
+    """Text and null as one batch; they differ in the context alone, which may be of two lengths."""
+    gates, image_latent, image_context = text.gates, text.image_latent, text.image_context
+    return _Condition(
+        [*text.context, *null.context],
+        None if gates is None else Gates(_twice(gates.experts), _twice(gates.base), gates.tokens_per_row),
+        None if image_latent is None else _twice(image_latent),
+        None if image_context is None else _twice(image_context),
+    )
+
+
+def _twice(rows: Tensor) -> Tensor:
+    return torch.cat((rows, rows))
 
 
 def _scheduler(solver: str, schedule: Schedule, device: torch.device) -> _Scheduler:
