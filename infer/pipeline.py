@@ -5,36 +5,39 @@ F frames and H, W pixels of the video; f, h, w frames and sizes of its latent; D
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..moe_lora.adapter import Adapter
-from ..moe_lora.adapter_file import has_router, load_adapter, read_adapter
 from ..moe_lora.errors import WanmoeError
-from ..moe_lora.routing import Gates, RuleRouter, pool_text, top_k
+from ..moe_lora.files import file_sha256
+from ..moe_lora.lora_merge import LoRASpec
 from ..moe_lora.video import read_image, to_frames, to_model, write_video
-from ..moe_lora.wan.codec import CHANNELS, SPACE_STRIDE, image_condition, latent_shape, load_vae
-from ..moe_lora.wan.dit import WanDiT
-from ..moe_lora.wan.sampling import sample
-from ..moe_lora.wan.text import encode_prompts, load_text_encoder
-from ..moe_lora.wan.weights import dit_hash, load_dit
+from ..moe_lora.wan.clip import load_clip
+from ..moe_lora.wan.codec import CHANNELS, image_condition, latent_shape, load_vae
+from ..moe_lora.wan.sampling import TASK_DEFAULTS, sample
+from ..moe_lora.wan.text import load_text_encoder
+from ..moe_lora.wan.weights import read_dit_config
+from .load import PathLike, PromptEncoder, adapter_paths, check_task, facts, load_model
+from .memory import Needs, needs
+from .request import check_size, checked_output
+from .route import Route, Wish, route
+from .side import Cast, Denoiser, Side
+from .timeline import EMA, draw_gates
 
 _log = logging.getLogger(__name__)
 
 FPS = 16
-# Pixels of a patch: the codec halves three times, every Wan DiT takes 2 x 2 of its cells.
-SPACE_STEP = 2 * SPACE_STRIDE
-TASKS = ("t2v-A14B", "i2v-A14B", "t2v-1.3B", "tiny", "t2v", "i2v")
+_TILE = 256
+"""Pixels of a side of a tile of the codec."""
 
 # Official (Wan2.2 wan/configs/shared_config.py).
 NEGATIVE_PROMPT = (
@@ -43,77 +46,55 @@ NEGATIVE_PROMPT = (
     "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 
-PathLike = str | Path
 
+class _Settings(NamedTuple):
+    """How a video is made, defaults filled in; JSON in the file's metadata."""
 
-class Route(NamedTuple):
-    """Which experts speak for a request, and why."""
-
-    gates: dict[str, float]
-    """Weight of every expert by name, before the timestep band; all zero leaves the base adapter alone."""
-    source: str
-    """mix, hint, router, prompt, fallback or none."""
-
-
-@dataclass
-class Side:
-    """One DiT with its adapter, if it has one: a noise expert, or the whole model."""
-
-    dit: WanDiT
-    adapter: Adapter | None
-
-
-@dataclass
-class _Denoiser:
-    """A side as the sampler calls it. Its own gates: the adapters of two sides may have other bands."""
-
-    side: Side
-    experts: Tensor
-    """[1, E]."""
-    tokens: int
-    alpha_base: float
-    alpha_expert: float
-
-    def __call__(
-        self,
-        x: Tensor,
-        t: Tensor,
-        context: Tensor | Sequence[Tensor],
-        gates: Gates | None = None,
-        image_latent: Tensor | None = None,
-    ) -> Tensor:
-        if self.side.adapter is not None:
-            alphas = {"alpha_base": self.alpha_base, "alpha_expert": self.alpha_expert}
-            gates = self.side.adapter.gates(self.experts, t, tokens=self.tokens, **alphas)
-        return self.side.dit(x, t, context, gates, image_latent)
+    num_steps: int
+    guidance_scale: tuple[float, float]
+    """(low, high)."""
+    flow_shift: float
+    solver: str
+    negative_prompt: str
+    image: str | None
+    last_image: str | None
+    schedule: str | None
 
 
 class LoRAMoEInference:
     """Video generation with a frozen Wan DiT (or its two noise experts) and a LoRA-MoE adapter.
 
     Args:
-        task: "t2v" or "i2v", or the name of a preset of that task; checked against the model.
+        task: "t2v" or "i2v", or the name of a preset of that task, checked against the model; None takes it
+            from the model.
         dit_path: the low-noise model, or the one model for every noise level.
         vae_path: codec, as `load_vae` takes it; "haar" is the stand-in.
         t5_path: text encoder, as `load_text_encoder` takes it; "hash" is the stand-in.
         lora_moe_weights: an adapter file, or a pair (low, high); None generates with the frozen model. A
             single file goes to the noise expert it was trained on, or to both if it says "both". One of the
-            high-noise expert needs `dit_high_noise_path`.
+            high-noise expert needs `dit_high_noise_path`. Files of the seed's fork and plain LoRAs are
+            imported as `import_adapter` does.
         dit_high_noise_path: the high-noise model; None runs `dit_path` at every noise level.
-        clip_path: accepted and not used, since Wan2.2 has no image encoder.
+        clip_path: image encoder of a Wan2.1 i2v model, as `load_clip` takes it; Wan2.2 has none.
+        lora_moe_config_file: the config of a fork file that does not carry its own.
+        loras: LoRAs to merge into the base while it is read, e.g. for few-step sampling.
         alpha_base, alpha_expert: strength of the base adapter and of the experts.
         device: where the DiTs and the codec run; None is cuda where there is one. The text encoder runs on
-            the CPU, once a prompt.
+            the CPU, and is released after use. With two DiTs the inactive one waits in host memory.
         dtype: of the DiT's weights; None keeps the file's.
         tokenizer_path: folder of the umT5 tokeniser, where it does not lie beside the encoder.
         any_base: take an adapter of another base model or noise expert.
+        merged: run W + dW in the dtype of W instead of the adapter op; the error against it is logged. For
+            gates that are the same all over a clip.
+        compiled: run the blocks through `torch.compile`.
+        vae_tiling: encode and decode in tiles that overlap: less memory, a picture that differs a little.
 
     Raises `WanmoeError` that names the file and what does not fit.
     """
 
     def __init__(
         self,
-        task: str,
+        task: str | None,
         dit_path: PathLike,
         *,
         vae_path: PathLike,
@@ -121,36 +102,65 @@ class LoRAMoEInference:
         lora_moe_weights: PathLike | tuple[PathLike | None, PathLike | None] | None = None,
         dit_high_noise_path: PathLike | None = None,
         clip_path: PathLike | None = None,
+        lora_moe_config_file: PathLike | None = None,
+        loras: Sequence[LoRASpec] = (),
         alpha_base: float = 0.7,
         alpha_expert: float = 1.0,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         tokenizer_path: PathLike | None = None,
         any_base: bool = False,
+        merged: bool = False,
+        compiled: bool = False,
+        vae_tiling: bool = False,
     ) -> None:
-        if clip_path is not None:
-            _log.info("clip_path is not used: Wan2.2 has no image encoder")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.alpha_base = alpha_base
         self.alpha_expert = alpha_expert
         paths = {"low": Path(dit_path)}
         if dit_high_noise_path is not None:
             paths["high"] = Path(dit_high_noise_path)
-        adapters = _adapter_paths(lora_moe_weights, "high" in paths, any_base)
-        self.sides = {
-            name: _load_side(name, path, adapters.get(name), task, self.device, dtype, any_base)
-            for name, path in paths.items()
-        }
-        self.config = self.sides["low"].dit.config
-        self.codec = load_vae(vae_path, device=self.device)
-        self.encoder = load_text_encoder(
-            t5_path, tokenizer_path=tokenizer_path, dim=self.config.text_dim, max_length=self.config.text_len
+        adapters = adapter_paths(lora_moe_weights, "high" in paths, any_base)
+        # Everything that is small is read before the DiTs, so that what is wrong shows at once.
+        configs = {name: read_dit_config(path)[0] for name, path in paths.items()}
+        for name, path in paths.items():
+            check_task(task, configs[name].task, path)
+        self.config = configs["low"]
+        _check_loras(loras, paths)
+        self.codec = load_vae(vae_path, device=self.device, tile=_TILE if vae_tiling else None)
+        self.clip = None
+        if self.config.image_dim:
+            if clip_path is None:
+                raise WanmoeError(f"{dit_path}: a Wan2.1 i2v model needs clip_path (--clip)")
+            self.clip = load_clip(clip_path, device=self.device)
+        elif clip_path is not None:
+            _log.info("clip_path is not used: this model has no image encoder")
+        self._text = PromptEncoder(
+            partial(
+                load_text_encoder,
+                t5_path,
+                tokenizer_path=tokenizer_path,
+                dim=self.config.text_dim,
+                max_length=self.config.text_len,
+            )
         )
+        self.sides = {}
+        for name, path in paths.items():
+            model = load_model(
+                name,
+                path,
+                adapters.get(name),
+                dtype=dtype,
+                any_base=any_base,
+                loras=loras,
+                config_file=None if lora_moe_config_file is None else Path(lora_moe_config_file),
+            )
+            one = len(paths) == 1 or self.device.type == "cpu"
+            self.sides[name] = Side(name, *model, self.device, resident=one, merged=merged, compiled=compiled)
         self._facts = {
-            "dit": ", ".join(f"{name} {path}" for name, path in paths.items()),
-            "adapter": ", ".join(f"{name} {path}" for name, path in adapters.items()) or "none",
+            **facts(paths, adapters, {n: file_sha256(path) for n, path in adapters.items()}, loras),
             "codec": self.codec.name + (" (stand-in)" if self.codec.stand_in else ""),
-            "text_encoder": self.encoder.name + (" (stand-in)" if self.encoder.stand_in else ""),
+            "text_encoder": self._text.name + (" (stand-in)" if self._text.stand_in else ""),
         }
 
     def generate(
@@ -160,265 +170,273 @@ class LoRAMoEInference:
         image_path: PathLike | None = None,
         num_frames: int = 81,
         video_size: tuple[int, int] = (256, 256),
-        num_steps: int = 40,
-        guidance_scale: float | tuple[float, float] = 7.5,
-        flow_shift: float = 7.0,
+        num_steps: int | None = None,
+        guidance_scale: float | tuple[float, float] | None = None,
+        flow_shift: float | None = None,
         seed: int | None = None,
         output_path: PathLike | None = None,
         *,
         mix: Mapping[str, float] | None = None,
+        schedule: str | None = None,
+        ema: float = EMA,
+        last_image_path: PathLike | None = None,
         solver: str = "unipc",
         negative_prompt: str | None = None,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> Tensor:
         """Generates a clip, writes it as mp4 if `output_path` is given, returns uint8 frames `[F, H, W, 3]`.
 
-        The same seed gives the same noise on every device.
+        Where there is an adapter, a picture of the gates over steps and frames goes beside the mp4:
+        `<name>.gates.png`. The same seed gives the same noise on every device.
 
         Args:
-            instrument_hint: name of the expert to use alone.
-            image_path: first frame; needed by i2v, refused by t2v.
+            instrument_hint: name of the expert to use alone, in either taxonomy.
+            image_path, last_image_path: first and last frame; an i2v model needs the first, t2v refuses both.
             num_frames: 4n + 1.
             video_size: height and width, multiples of 16.
-            guidance_scale: one value, or (low, high) for the two noise experts; 1 is no guidance.
+            num_steps, guidance_scale, flow_shift: None is the model's own (`TASK_DEFAULTS`). guidance_scale
+                is one value, or (low, high) for the two noise experts; 1 is no guidance.
             seed: None draws one and logs it.
             mix: weights of experts by name; goes before the hint, the learned router and the prompt's words.
+            schedule: `0:Hook, 40:Suction`: the expert, or `40:Hook=0.6+Suction=0.4`, from a frame of the
+                video on; goes before all others.
+            ema: weight of the past in the moving average of a schedule's gates along the latent frames; 0
+                changes at once.
             solver: unipc, dpm++ or euler (also called vanilla).
             negative_prompt: None is Wan's own, or "" where the text encoder is a stand-in.
-            progress: called as (step, steps, side) after every step.
+            progress: called as (step, steps, side and experts in words) after every step.
 
         Raises `WanmoeError` that names the value and the nearest valid one.
         """
-        shape = self._latent_shape(num_frames, video_size)
-        output = None if output_path is None else _checked_output(Path(output_path))
-        image_latent = self._image_latent(image_path, num_frames, video_size)
-        if negative_prompt is None:
-            negative_prompt = "" if self.encoder.stand_in else NEGATIVE_PROMPT
-        seed = secrets.randbelow(2**31) if seed is None else seed
-        guidance = _pair(guidance_scale)
-        context, null_context = ([row.to(self.device)] for row in self._encode(prompt, negative_prompt))
-        routes = self.route(prompt, instrument_hint, mix)
-        denoisers = self._denoisers(routes, shape)
-        noise = torch.randn(1, CHANNELS, *shape, generator=torch.Generator().manual_seed(seed))
-        start = time.perf_counter()
-        latent = sample(
-            denoisers.get("high", denoisers["low"]),
-            denoisers["low"],
-            noise.to(self.device),
-            context,
-            null_context,
-            steps=num_steps,
-            shift=flow_shift,
-            solver="euler" if solver == "vanilla" else solver,
-            boundary=self.config.boundary,
-            guidance=guidance,
-            image_latent=image_latent,
-            progress=progress,
+        check_size(num_frames, video_size)
+        output = None if output_path is None else checked_output(Path(output_path))
+        settings = self._settings(
+            num_steps,
+            guidance_scale,
+            flow_shift,
+            solver,
+            negative_prompt,
+            image_path,
+            last_image_path,
+            schedule,
         )
+        wish = Wish(instrument_hint, mix, schedule, ema)
+        self._text.prepare([prompt, settings.negative_prompt])
+        routes = self._routes(prompt, wish, num_frames)
+        image_latent, image_context = self._pictures(image_path, last_image_path, num_frames, video_size)
+        shape = latent_shape(num_frames, *video_size)
+        batched = self._plan(num_frames, video_size, settings)
+        seed = secrets.randbelow(2**31) if seed is None else seed
+        _log.info("seed %d", seed)
+        noise = torch.randn(1, CHANNELS, *shape, generator=torch.Generator().manual_seed(seed))
+        names = _common_experts(routes)
+        cast, start = Cast(len(names)), time.perf_counter()
+        denoisers = self._denoisers(cast, routes, shape)
+        context, null_context = ([self._text[p].to(self.device)] for p in (prompt, settings.negative_prompt))
+        try:
+            latent = sample(
+                denoisers.get("high", denoisers["low"]),
+                denoisers["low"],
+                noise.to(self.device),
+                context,
+                null_context,
+                steps=settings.num_steps,
+                shift=settings.flow_shift,
+                solver=settings.solver,
+                boundary=self.config.boundary,
+                guidance=settings.guidance_scale,
+                image_latent=image_latent,
+                image_context=image_context,
+                batched=batched,
+                progress=None if progress is None else self._in_words(progress, cast, names),
+            )
+        finally:
+            cast.clear()
         with torch.no_grad():
             frames = to_frames(self.codec.decode(latent)[0])
-        _log.info("%d frames in %.1f s, seed %d", num_frames, time.perf_counter() - start, seed)
+        _log.info("%d frames in %.1f s", num_frames, time.perf_counter() - start)
         if output is not None:
-            settings = {
-                "num_steps": num_steps,
-                "guidance_scale": list(guidance),
-                "flow_shift": flow_shift,
-                "solver": solver,
-                "negative_prompt": negative_prompt,
-                "image": None if image_path is None else str(image_path),
-            }
-            write_video(output, frames, FPS, self._metadata(prompt, seed, routes, settings))
+            write_video(output, frames, FPS, self._metadata(prompt, seed, routes, settings, cast))
             _log.info("wrote %s", output)
+            if names:
+                picture = output.with_suffix(".gates.png")
+                draw_gates(picture, cast.records, names, num_frames, output.name)
+                _log.info("wrote %s, its gates over steps and frames", picture)
         return frames
 
+    def prepare(self, prompts: Sequence[str | None]) -> None:
+        """Encodes prompts ahead, so that the text encoder is read once for all of them; None is the negative
+        prompt that `generate` takes by default."""
+        self._text.prepare([self._negative() if prompt is None else prompt for prompt in prompts])
+
     def route(
-        self, prompt: str, instrument_hint: str | None = None, mix: Mapping[str, float] | None = None
+        self,
+        prompt: str,
+        instrument_hint: str | None = None,
+        mix: Mapping[str, float] | None = None,
+        schedule: str | None = None,
+        num_frames: int = 81,
     ) -> dict[str, Route]:
         """Which experts a request would use, by side ("low", "high"); sides without an adapter are left out.
 
-        The first of these decides: an explicit mix, a hint, the learned router of the adapter, the words of
+        The first of these decides: a schedule, a mix, a hint, the learned router of the adapter, the words of
         the prompt, the adapter's fallback expert. Raises `WanmoeError` on a name that no expert has.
         """
+        self._text.prepare([prompt])
+        return self._routes(prompt, Wish(instrument_hint, mix, schedule), num_frames)
+
+    def _routes(self, prompt: str, wish: Wish, num_frames: int) -> dict[str, Route]:
         adapters = {name: side.adapter for name, side in self.sides.items() if side.adapter is not None}
-        if (instrument_hint or mix) and not adapters:
-            raise WanmoeError("a hint or a mix was given, but no adapter: give lora_moe_weights")
+        if wish and not adapters:
+            raise WanmoeError("a hint, a mix or a schedule was given, but no adapter: give lora_moe_weights")
+        if wish.schedule and any(side.merged for side in self.sides.values()):
+            raise WanmoeError(
+                "merged weights hold one mix of experts, a schedule changes it along the clip; leave one out"
+            )
         return {
-            name: _route(adapter, self._encode, prompt, instrument_hint, mix)
+            name: route(adapter, lambda: self._text[prompt], prompt, wish, num_frames)
             for name, adapter in adapters.items()
         }
 
-    def _encode(self, *prompts: str) -> list[Tensor]:
-        return encode_prompts(self.encoder, prompts)
+    def _settings(
+        self,
+        num_steps: int | None,
+        guidance: float | tuple[float, float] | None,
+        flow_shift: float | None,
+        solver: str,
+        negative_prompt: str | None,
+        image: PathLike | None,
+        last_image: PathLike | None,
+        schedule: str | None,
+    ) -> _Settings:
+        own = TASK_DEFAULTS[self.config.task]
+        scale = own.guidance if guidance is None else guidance
+        low, high = scale if isinstance(scale, tuple) else (scale, scale)
+        return _Settings(
+            own.steps if num_steps is None else num_steps,
+            (float(low), float(high)),
+            own.shift if flow_shift is None else flow_shift,
+            "euler" if solver == "vanilla" else solver,
+            self._negative() if negative_prompt is None else negative_prompt,
+            None if image is None else str(image),
+            None if last_image is None else str(last_image),
+            schedule,
+        )
 
-    def _denoisers(self, routes: Mapping[str, Route], shape: tuple[int, int, int]) -> dict[str, _Denoiser]:
+    def _negative(self) -> str:
+        return "" if self._text.stand_in else NEGATIVE_PROMPT
+
+    def _plan(self, frames: int, size: tuple[int, int], settings: _Settings) -> bool:
+        """Says what the card has to hold; True where both passes of guidance fit in one forward on it."""
+        if self.device.type != "cuda":
+            return False
+        parameters = [p for side in self.sides.values() for p in side.dit.parameters()]
+        weights = sum(p.numel() * p.itemsize for p in parameters) // len(self.sides)
+        free, total = torch.cuda.mem_get_info(self.device)
+        one, two = (
+            needs(self.config, weights, frames, size, clips, parameters[0].itemsize) for clips in (1, 2)
+        )
+        _log.info("%s of %.0f GB, %.0f GB free", _in_words(one), total / 1e9, free / 1e9)
+        if one.peak > total:
+            raise WanmoeError(
+                f"{_in_words(one)}, the card has {total / 1e9:.0f} GB; use a larger card, "
+                "--dtype bf16, or fewer or smaller frames"
+            )
+        resident = weights if len(self.sides) == 1 else 0
+        return two.peak - resident < free and settings.guidance_scale != (1.0, 1.0)
+
+    def _denoisers(
+        self, cast: Cast, routes: Mapping[str, Route], shape: tuple[int, int, int]
+    ) -> dict[str, Denoiser]:
         _, rows, columns = self.config.patch_size
         tokens = shape[0] * (shape[1] // rows) * (shape[2] // columns)
-        denoisers: dict[str, _Denoiser] = {}
+        denoisers: dict[str, Denoiser] = {}
         for name, side in self.sides.items():
-            route = routes.get(name)
-            weights = [] if route is None else list(route.gates.values())
-            experts = torch.tensor([weights], device=self.device)
-            denoisers[name] = _Denoiser(side, experts, tokens, self.alpha_base, self.alpha_expert)
-            _log.info("%s noise: %s", name, _describe(route))
+            chosen = routes.get(name)
+            experts = torch.zeros(0) if chosen is None else chosen.experts
+            denoisers[name] = Denoiser(cast, side, experts, tokens, self.alpha_base, self.alpha_expert)
+            words = "no adapter, the frozen model runs" if chosen is None else chosen.describe()
+            _log.info("%s noise: %s", name, words)
         return denoisers
 
+    def _in_words(
+        self, progress: Callable[[int, int, str], None], cast: Cast, names: Sequence[str]
+    ) -> Callable[[int, int, str], None]:
+        """`progress` as `sample` calls it; the words say which side ran and which experts acted in it."""
+
+        def call(step: int, steps: int, side: str) -> None:
+            acting = cast.records[-1].gates.any(0).tolist()
+            words = " + ".join(name for name, acts in zip(names, acting, strict=True) if acts) or "no expert"
+            progress(step, steps, f"{side} noise, {words}" if len(self.sides) > 1 else words)
+
+        return call
+
     def _metadata(
-        self, prompt: str, seed: int, routes: Mapping[str, Route], settings: Mapping[str, Any]
+        self, prompt: str, seed: int, routes: Mapping[str, Route], settings: _Settings, cast: Cast
     ) -> dict[str, str]:
         """What a written file says of its making."""
-        gates = {name: route._asdict() for name, route in routes.items()}
-        alphas = {"alpha_base": self.alpha_base, "alpha_expert": self.alpha_expert}
+        gates = {
+            name: {
+                "gates": chosen.gates,
+                "source": chosen.source,
+                **({} if chosen.frames is None else {"frames": chosen.frames.tolist()}),
+            }
+            for name, chosen in routes.items()
+        }
+        more: dict[str, Any] = {"alpha_base": self.alpha_base, "alpha_expert": self.alpha_expert}
+        if cast.errors:
+            more["merged_error"] = cast.errors
         return {
             "prompt": prompt,
             "seed": str(seed),
             "gates": json.dumps(gates, ensure_ascii=False),
-            "settings": json.dumps({**settings, **alphas}, ensure_ascii=False),
+            "settings": json.dumps(settings._asdict() | more, ensure_ascii=False),
             **self._facts,
         }
 
-    def _latent_shape(self, frames: int, size: tuple[int, int]) -> tuple[int, int, int]:
-        check_size(frames, size)
-        return latent_shape(frames, *size)
-
-    def _image_latent(self, path: PathLike | None, frames: int, size: tuple[int, int]) -> Tensor | None:
+    def _pictures(
+        self, first: PathLike | None, last: PathLike | None, frames: int, size: tuple[int, int]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(image latent, CLIP tokens) of the given frames."""
         if self.config.task != "i2v":
-            if path is not None:
+            if first is not None or last is not None:
                 raise WanmoeError(
-                    f"image_path {path}: a {self.config.task} model takes no image; leave it out"
+                    f"image_path {first or last}: a {self.config.task} model takes no image; leave it out"
                 )
-            return None
-        if path is None:
+            return None, None
+        if first is None:
             raise WanmoeError("an i2v model needs image_path, the first frame of the clip")
-        image = to_model(read_image(path, size)[None])[:, 0]
-        return image_condition(self.codec, image.to(self.device), frames)
+        pictures = [
+            to_model(read_image(path, size)[None])[:, 0].to(self.device)
+            for path in (first, last)
+            if path is not None
+        ]
+        tokens = None
+        if self.clip is not None:
+            tokens = self.clip(torch.stack(pictures)).flatten(0, 1)[None]
+        return image_condition(self.codec, pictures[0], frames, *pictures[1:]), tokens
 
 
-def check_size(frames: int, size: tuple[int, int]) -> None:
-    """Raises `WanmoeError`, naming the nearest valid value, for a clip that no Wan model makes."""
-    if frames < 1 or (frames - 1) % 4:
-        near = max(0, round((frames - 1) / 4)) * 4 + 1
-        raise WanmoeError(f"num_frames {frames} must be 4n+1; nearest is {near}")
-    near_size = [max(1, round(side / SPACE_STEP)) * SPACE_STEP for side in size]
-    if list(size) != near_size:
-        raise WanmoeError(
-            f"video_size {size[0]}x{size[1]} (height x width) must be multiples of {SPACE_STEP}; "
-            f"nearest is {near_size[0]}x{near_size[1]}"
-        )
+def _common_experts(routes: Mapping[str, Route]) -> list[str]:
+    """Names of the experts; two adapters that differ in them cannot take part in one request."""
+    sets = {tuple(chosen.gates) for chosen in routes.values()}
+    if len(sets) > 1:
+        low, high = (", ".join(names) for names in sorted(sets))
+        raise WanmoeError(f"the adapters of the two sides have different experts: {low} and {high}")
+    return list(next(iter(sets), ()))
 
 
-def check_request(
-    frames: int,
-    size: tuple[int, int],
-    output: Path,
-    adapters: Sequence[Path],
-    hint: str | None,
-    mix: Mapping[str, float] | None,
-) -> None:
-    """Raises `WanmoeError` for a request that cannot be met, by its arguments and the adapter files alone."""
-    check_size(frames, size)
-    _checked_output(output)
-    if (hint or mix) and not adapters:
-        raise WanmoeError("a hint or a mix was given, but no adapter: give lora_moe_weights")
-    for path in adapters:
-        RuleRouter(read_adapter(path)[0].adapter.expert_set).route(mix=mix, hint=hint)
-
-
-def _adapter_paths(
-    given: PathLike | tuple[PathLike | None, PathLike | None] | None, two_sides: bool, any_base: bool
-) -> dict[str, Path]:
-    """Adapter file of each side."""
-    if given is None:
-        return {}
-    if isinstance(given, tuple):
-        paths = {n: Path(path) for n, path in zip(("low", "high"), given, strict=True) if path is not None}
-    else:
-        path = Path(given)
-        side = read_adapter(path)[0].noise_expert if two_sides else "low"
-        paths = {name: path for name in ("low", "high") if side in (name, "both")}
-    if two_sides:
-        return paths
-    if "high" in paths:
-        raise WanmoeError(
-            f"adapter {paths['high']} is for a high-noise model, and there is only one model: give "
-            "dit_high_noise_path (--dit_high_noise) too"
-        )
-    for path in paths.values():
-        if read_adapter(path)[0].noise_expert == "high" and not any_base:
+def _check_loras(loras: Sequence[LoRASpec], sides: Iterable[str]) -> None:
+    for lora in loras:
+        if not any([lora.serves(side) for side in sides]):  # a list: each side is checked
             raise WanmoeError(
-                f"adapter {path} belongs to the high noise expert, and there is only one model: give that "
-                "expert as dit_high_noise_path (--dit_high_noise), or pass any_base (--any_base) to load it "
-                "all the same"
+                f"lora {lora.path} is for the high-noise model, and there is only one model: give "
+                "dit_high_noise_path (--dit_high_noise) too, or write :low behind its name"
             )
-    return paths
 
 
-def _load_side(
-    name: str,
-    path: Path,
-    adapter_path: Path | None,
-    task: str,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    any_base: bool,
-) -> Side:
-    if task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.0)[0]
-        raise WanmoeError(f"unknown task {task!r}; nearest is {near!r}, known are: {', '.join(TASKS)}")
-    dit = load_dit(path, dtype=dtype, device=device)
-    wanted = "i2v" if task.startswith("i2v") else "t2v"
-    if dit.config.task != wanted:
-        raise WanmoeError(f"{path}: this is a {dit.config.task} model, but the task is {task}")
-    if adapter_path is None:
-        return Side(dit, None)
-    info, tensors = read_adapter(adapter_path)
-    if info.router.mode == "learned" and not has_router(tensors):
-        raise WanmoeError(
-            f"{adapter_path}: it says routing is learned, but holds no router; "
-            'train stage c from it, or set router.mode = "rule"'
-        )
-    base = None if any_base or not info.base_sha256 else dit_hash(path)
-    adapter = load_adapter(adapter_path, dit, noise_expert=name, base_sha256=base, any_base=any_base)
-    return Side(dit, adapter)
-
-
-def _route(
-    adapter: Adapter,
-    encode: Callable[[str], list[Tensor]],
-    prompt: str,
-    hint: str | None,
-    mix: Mapping[str, float] | None,
-) -> Route:
-    config, experts = adapter.router_config, adapter.experts
-    rules = RuleRouter(experts, config.top_k, config.temperature)
-    if mix or hint:
-        gates, source = rules.route(mix=mix, hint=hint), "mix" if mix else "hint"
-    elif adapter.router is not None:
-        with torch.no_grad():
-            pooled = pool_text(encode(prompt)).to(adapter.router.out.weight.device)
-            gates, source = top_k(adapter.router(pooled)[0], config.top_k), "router"
-    else:
-        otherwise = "fallback" if experts.fallback else "none"
-        gates, source = rules.route(prompt=prompt), "prompt" if experts.find(prompt) else otherwise
-    return Route(dict(zip(experts.names, gates.tolist(), strict=True)), source)
-
-
-def _describe(route: Route | None) -> str:
-    if route is None:
-        return "no adapter, the frozen model runs"
-    if route.source == "none":
-        return "no instrument in the prompt and no hint, so the base adapter alone"
-    weights = ", ".join(f"{name} {weight:.2f}" for name, weight in route.gates.items() if weight > 0)
-    return f"experts from the {route.source}: {weights}"
-
-
-def _pair(guidance: float | tuple[float, float]) -> tuple[float, float]:
-    low, high = guidance if isinstance(guidance, tuple) else (guidance, guidance)
-    return float(low), float(high)
-
-
-def _checked_output(path: Path) -> Path:
-    if path.suffix.lower() != ".mp4":
-        raise WanmoeError(f"output_path {path}: the file is an mp4; end its name in .mp4")
-    if not path.parent.is_dir():
-        raise WanmoeError(f"output_path {path}: the folder {path.parent} does not exist; make it first")
-    return path
+def _in_words(need: Needs) -> str:
+    return (
+        f"modelled need on the card {need.peak / 1e9:.1f} GB: weights of one side {need.weights / 1e9:.1f}, "
+        f"then {need.denoise / 1e9:.1f} to denoise and {need.decode / 1e9:.1f} to decode"
+    )

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..moe_lora.errors import WanmoeError
+from .options import chosen_device
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -44,7 +45,6 @@ def bench(
         return
     from ..kernels.bench.benchmark import Options, run_linear
     from .bench_peers import peft_variants
-    from .cli import chosen_device
 
     options = Options(suite, rows, variants, out, chosen_device(device), ["wanmoe", *sys.argv[1:]])
     try:
@@ -72,7 +72,6 @@ def block(
     from ..kernels.bench.benchmark import Options, default_folder, keep_and_publish
     from ..moe_lora.wan.config import WanConfig
     from .bench_peers import block_run
-    from .cli import chosen_device
 
     place = chosen_device(device)
     gpu = place.type == "cuda"

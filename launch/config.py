@@ -60,11 +60,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def load_experts(path: Path | None) -> ExpertSet:
     """The experts of a config file's `adapter` section alone; the four surgical families without one."""
-    if path is None:
-        return ExpertSet()
+    return ExpertSet() if path is None else load_adapter_config(path).expert_set
+
+
+def load_adapter_config(path: Path) -> AdapterConfig:
+    """The `adapter` section of a config file alone; raises WanmoeError as `load_config`."""
     tree = _read_toml(path)
     try:
-        return AdapterConfig.model_validate(tree.get("adapter", {})).expert_set
+        return AdapterConfig.model_validate(tree.get("adapter", {}))
     except ValidationError as error:
         raise WanmoeError(f"{path}: adapter.{_first_problem(error)}") from error
 

@@ -180,12 +180,13 @@ def label(clip: Clip, experts: ExpertSet) -> Instruments:
         weights: dict[str, float] = {}
         for given, weight in clip.instruments:
             try:
-                name = experts.names[experts.index(given)]
+                members = experts.weights(given)
             except WanmoeError as error:
                 raise WanmoeError(
                     f"{clip.origin}: {error}; your own experts are given by --experts CONFIG"
                 ) from error
-            weights[name] = weights.get(name, 0.0) + weight
+            for name, part in members.items():
+                weights[name] = weights.get(name, 0.0) + weight * part
         return tuple(weights.items())
     if clip.instrument_label is not None:
         if clip.instrument_label >= len(experts.names):

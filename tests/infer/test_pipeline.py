@@ -1,76 +1,27 @@
 """Generation on the `tiny` preset with random weights: seeds, hints, files, and what is refused."""
 
+import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
-import numpy as np
 import pytest
 import torch
 
 from wanmoe.infer import LoRAMoEInference
-from wanmoe.moe_lora.adapter import AdapterConfig, attach
-from wanmoe.moe_lora.adapter_file import save_adapter
 from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.moe_lora.instruments import SURGICAL
-from wanmoe.moe_lora.routing import RouterConfig, pool_text
+from wanmoe.moe_lora.routing import pool_text
 from wanmoe.moe_lora.video import read_metadata, read_video
 from wanmoe.moe_lora.wan.codec import HaarCodec, image_condition
-from wanmoe.moe_lora.wan.config import WanConfig
-from wanmoe.moe_lora.wan.dit import WanDiT
 from wanmoe.moe_lora.wan.text import HashTextEncoder, encode_prompts
-from wanmoe.moe_lora.wan.weights import dit_hash, load_dit, save_dit
+from wanmoe.moe_lora.wan.weights import dit_hash
 
 HOOK, SUCTION = "Hook/Electrocautery", "Suction"
-I2V = WanConfig(**{**WanConfig.preset("tiny").__dict__, "task": "i2v", "in_dim": 36})
 FAST = {"num_frames": 5, "video_size": (32, 48), "num_steps": 3, "guidance_scale": 1.0, "seed": 3}
 MODEL = {"vae_path": "haar", "t5_path": "hash", "alpha_base": 1.0, "device": "cpu"}
-
-
-def _write_dit(path: Path, config: WanConfig, seed: int) -> Path:
-    torch.manual_seed(seed)
-    dit = WanDiT(config)
-    torch.nn.init.normal_(dit.head.head.weight, std=0.05)
-    save_dit(dit, path)
-    return path
-
-
-def _write_adapter(
-    path: Path, dit_path: Path, *, seed: int = 0, router: str = "rule", with_router: bool = True, **about: str
-) -> Path:
-    """An adapter whose experts say something: up projections drawn, not zero."""
-    dit = load_dit(dit_path)
-    config = AdapterConfig(blocks=4, fallback=about.pop("fallback", None))
-    adapter = attach(dit, config, RouterConfig(mode=router), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in adapter.parameters().items():
-        if name.endswith("_up"):
-            parameter.data.normal_(std=0.5, generator=generator)
-    if not with_router:
-        adapter.router = None
-    save_adapter(adapter, path, stage="b", step=7, **about)
-    return path
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    low = _write_dit(folder / "low.safetensors", WanConfig.preset("tiny"), 0)
-    _write_dit(folder / "high.safetensors", WanConfig.preset("tiny"), 1)
-    _write_dit(folder / "i2v.safetensors", I2V, 2)
-    _write_adapter(folder / "adapter.safetensors", low, base_sha256=dit_hash(low))
-    _write_adapter(folder / "learned.safetensors", low, router="learned")
-    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    assert cv2.imwrite(str(folder / "image.png"), image)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def inference(files: Path) -> LoRAMoEInference:
-    return LoRAMoEInference(
-        "tiny", files / "low.safetensors", lora_moe_weights=files / "adapter.safetensors", **MODEL
-    )
 
 
 # ------------------------------------------------------------------------------------------ what is made
@@ -139,7 +90,7 @@ def test_vanilla_is_euler(inference: LoRAMoEInference) -> None:
 def test_the_written_file_is_the_returned_video(inference: LoRAMoEInference, tmp_path: Path) -> None:
     path = tmp_path / "hook.mp4"
     video = inference.generate("电凝钩切割", **{**FAST, "num_frames": 9}, output_path=path)
-    assert [p.name for p in tmp_path.iterdir()] == ["hook.mp4"]
+    assert {p.name for p in tmp_path.iterdir()} == {"hook.mp4", "hook.gates.png"}
     read = read_video(path)
     assert read.shape == video.shape
     # Dark and bright ends survive: a video in [-1, 1] taken for [0, 1] would lose its lower half.
@@ -172,6 +123,7 @@ def test_a_mix_goes_before_a_hint_and_a_hint_before_the_prompt(inference: LoRAMo
     assert inference.route("剪刀", HOOK)["low"] == (
         {"Scissors": 0.0, HOOK: 1.0, SUCTION: 0.0, "Other": 0.0},
         "hint",
+        None,
     )
     assert inference.route("剪刀")["low"].source == "prompt"
     assert inference.route("剪刀")["low"].gates["Scissors"] == 1.0
@@ -180,14 +132,18 @@ def test_a_mix_goes_before_a_hint_and_a_hint_before_the_prompt(inference: LoRAMo
 
 
 def test_no_evidence_is_the_base_alone_and_is_said(
-    inference: LoRAMoEInference, files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    write_adapter: Callable[..., Path],
+    inference: LoRAMoEInference,
+    files: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert inference.route("liver")["low"].source == "none"
     assert not any(inference.route("liver")["low"].gates.values())
     with caplog.at_level(logging.INFO, logger="wanmoe.infer"):
         inference.generate("liver", **FAST)
     assert "the base adapter alone" in caplog.text
-    path = _write_adapter(tmp_path / "f.safetensors", files / "low.safetensors", fallback="Other")
+    path = write_adapter(tmp_path / "f.safetensors", files / "low.safetensors", fallback="Other")
     other = LoRAMoEInference("t2v", files / "low.safetensors", lora_moe_weights=path, **MODEL)
     assert other.route("liver")["low"].source == "fallback"
     assert other.route("liver")["low"].gates["Other"] == 1.0
@@ -211,8 +167,10 @@ def test_the_learned_router_of_the_file_decides(files: Path) -> None:
     assert learned.route("剪刀", HOOK)["low"].source == "hint"
 
 
-def test_a_learned_router_that_is_not_in_the_file_is_an_error(files: Path, tmp_path: Path) -> None:
-    path = _write_adapter(
+def test_a_learned_router_that_is_not_in_the_file_is_an_error(
+    write_adapter: Callable[..., Path], files: Path, tmp_path: Path
+) -> None:
+    path = write_adapter(
         tmp_path / "bare.safetensors", files / "low.safetensors", router="learned", with_router=False
     )
     with pytest.raises(WanmoeError, match="holds no router"):
@@ -222,11 +180,13 @@ def test_a_learned_router_that_is_not_in_the_file_is_an_error(files: Path, tmp_p
 # ------------------------------------------------------------------------------------ two noise experts
 
 
-def test_both_noise_experts_run_with_their_own_adapters(files: Path, tmp_path: Path) -> None:
+def test_both_noise_experts_run_with_their_own_adapters(
+    write_adapter: Callable[..., Path], files: Path, tmp_path: Path
+) -> None:
     low, high = files / "low.safetensors", files / "high.safetensors"
     pair = (
-        _write_adapter(tmp_path / "l.safetensors", low, noise_expert="low"),
-        _write_adapter(tmp_path / "h.safetensors", high, seed=1, noise_expert="high"),
+        write_adapter(tmp_path / "l.safetensors", low, noise_expert="low"),
+        write_adapter(tmp_path / "h.safetensors", high, seed=1, noise_expert="high"),
     )
     steps: list[str] = []
     settings = {**FAST, "num_steps": 6}
@@ -238,7 +198,7 @@ def test_both_noise_experts_run_with_their_own_adapters(files: Path, tmp_path: P
         return model.generate("hook", HOOK, **settings, progress=lambda _i, _n, side: steps.append(side))
 
     both = video(pair)
-    assert set(steps) == {"high", "low"}
+    assert set(steps) == {f"high noise, {HOOK}", f"low noise, {HOOK}"}
     assert steps == sorted(steps)
     for one in (pair[0], pair[1], (pair[0], None)):
         assert not torch.equal(video(one), both)
@@ -305,11 +265,11 @@ def test_bad_requests_are_one_clear_line(
     assert "\n" not in str(caught.value)
 
 
-def test_bad_models_are_one_clear_line(files: Path, tmp_path: Path) -> None:
+def test_bad_models_are_one_clear_line(
+    write_adapter: Callable[..., Path], files: Path, tmp_path: Path
+) -> None:
     low = files / "low.safetensors"
-    foreign = _write_adapter(
-        tmp_path / "a.safetensors", low, base_sha256=dit_hash(files / "high.safetensors")
-    )
+    foreign = write_adapter(tmp_path / "a.safetensors", low, base_sha256=dit_hash(files / "high.safetensors"))
     for message, task, dit, more in [
         ("nearest is 't2v-A14B'", "t2v-A14", low, {}),
         ("t2v model, but the task is i2v", "i2v", low, {}),
@@ -317,7 +277,7 @@ def test_bad_models_are_one_clear_line(files: Path, tmp_path: Path) -> None:
         ("absent", "t2v", low, {"vae_path": tmp_path / "absent"}),
         ("absent", "t2v", low, {"t5_path": tmp_path / "absent"}),
         ("absent", "t2v", low, {"lora_moe_weights": tmp_path / "absent"}),
-        ("not a wanmoe adapter", "t2v", low, {"lora_moe_weights": low}),
+        ("none of a LoRA on Wan", "t2v", low, {"lora_moe_weights": low}),
         ("trained on base", "t2v", low, {"lora_moe_weights": foreign}),
     ]:
         with pytest.raises(WanmoeError) as caught:
@@ -327,11 +287,11 @@ def test_bad_models_are_one_clear_line(files: Path, tmp_path: Path) -> None:
     LoRAMoEInference("t2v", low, **MODEL, lora_moe_weights=foreign, any_base=True)
 
 
-def test_a_high_noise_adapter_needs_its_own_model(files: Path, tmp_path: Path) -> None:
+def test_a_high_noise_adapter_needs_its_own_model(
+    write_adapter: Callable[..., Path], files: Path, tmp_path: Path
+) -> None:
     low, high = files / "low.safetensors", files / "high.safetensors"
-    adapter = _write_adapter(
-        tmp_path / "h.safetensors", high, noise_expert="high", base_sha256=dit_hash(high)
-    )
+    adapter = write_adapter(tmp_path / "h.safetensors", high, noise_expert="high", base_sha256=dit_hash(high))
     for given in (adapter, (adapter, None)):
         with pytest.raises(
             WanmoeError, match=r"h.safetensors belongs to the high noise .*dit_high_noise_path"
@@ -353,3 +313,57 @@ def test_a_hint_without_an_adapter_is_an_error(files: Path) -> None:
     assert frozen.route("hook") == {}
     with pytest.raises(WanmoeError, match="lora_moe_weights"):
         frozen.generate("hook", HOOK, **FAST)
+
+
+# --------------------------------------------------------------------------------- gates over the clip
+
+
+def test_a_schedule_moves_from_one_expert_to_another_inside_the_clip(
+    inference: LoRAMoEInference, tmp_path: Path
+) -> None:
+    settings = {**FAST, "num_frames": 9}
+    hook, suction = (inference.generate("tissue", name, **settings) for name in (HOOK, SUCTION))
+    path = tmp_path / "move.mp4"
+    moved = inference.generate(
+        "tissue", schedule="0:hook, 5:irrigator", ema=0.0, **settings, output_path=path
+    )
+    assert not torch.equal(moved, hook) and not torch.equal(moved, suction)
+    constant = inference.generate("tissue", schedule=f"0:{HOOK}", **settings)
+    assert (constant.float() - hook.float()).abs().max() <= 1  # gates by frame, not by clip: other rounding
+    route = inference.route("scissors", schedule="0:hook, 5:irrigator", num_frames=9)["low"]
+    assert route.source == "schedule"
+    gates = json.loads(read_metadata(path)["gates"])["low"]
+    names = list(gates["gates"])
+    assert [max(zip(row, names, strict=True))[1] for row in gates["frames"]] == [HOOK, HOOK, SUCTION]
+    assert cv2.imread(str(tmp_path / "move.gates.png")).std() > 5
+
+
+def test_a_hint_is_understood_in_either_taxonomy(inference: LoRAMoEInference) -> None:
+    assert inference.route("tissue", "bipolar") == inference.route("tissue", HOOK)
+    assert inference.route("tissue", "clipper")["low"].gates["Other"] == 1.0
+    assert inference.route("tissue", mix={"irrigator": 1, "Scissors": 1})["low"].gates[SUCTION] == 0.5
+
+
+# ------------------------------------------------------------------------------- the model's own settings
+
+
+def test_what_is_not_given_is_what_the_model_was_released_with(
+    inference: LoRAMoEInference, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.mp4"
+    inference.generate("hook", num_frames=1, video_size=(16, 16), output_path=path)
+    settings = json.loads(read_metadata(path)["settings"])
+    assert (settings["num_steps"], settings["flow_shift"], settings["guidance_scale"]) == (
+        40,
+        12.0,
+        [3.0, 4.0],
+    )
+
+
+def test_the_adapter_of_a_file_is_named_by_its_hash(
+    inference: LoRAMoEInference, files: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.mp4"
+    inference.generate("hook", **FAST, output_path=path)
+    digest = hashlib.sha256((files / "adapter.safetensors").read_bytes()).hexdigest()
+    assert read_metadata(path)["adapter_sha256"] == f"low {digest}"

@@ -10,7 +10,7 @@ import typer
 
 from wanmoe.launch import cli
 from wanmoe.moe_lora import AdapterConfig, attach, save_adapter
-from wanmoe.moe_lora.video import read_video, write_video
+from wanmoe.moe_lora.video import read_metadata, read_video, write_video
 from wanmoe.moe_lora.wan import codec, text
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
@@ -24,9 +24,14 @@ OPTIONS = {
     "verify": "",
     "train": "config",
     "evaluate": "dit shards adapter wrong-expert out",
-    "generate": "prompt dit vae text output-path task dit-high-noise tokenizer lora-moe-weights "
-    "instrument-hint mix image-path num-frames video-size num-steps guidance-scale flow-shift solver "
-    "negative-prompt alpha-base alpha-expert seed device dtype any-base",
+    "generate": "prompt prompts model dit dit-high-noise vae text t5 tokenizer clip task output-path "
+    "lora-moe-weights lora-moe-config-file lora instrument-hint mix schedule ema image-path last-image-path "
+    "num-frames video-size num-steps guidance-scale guidance-scale-high-noise flow-shift solver "
+    "sample-solver negative-prompt alpha-base alpha-expert seed device dtype merged compile vae-tiling "
+    "any-base",
+    "convert": "to out instrument mix alpha-base alpha-expert rank dit dit-high-noise base config "
+    "lora-moe-config-file fold-timestep noise-expert",
+    "inspect": "json hash",
     "demo": "out clips ranks seed",
     "bench": "suite rows variants out device",
     "bench block": "tokens preset compiled out device",
@@ -178,13 +183,19 @@ def test_a_shard_cut_short_is_named_by_train_and_by_verify(monkeypatch, capsys, 
         (["--instrument_hint", "Scisors"], ("unknown expert 'Scisors'", "Scissors")),
         (["--mix", "Scissors"], ("--mix 'Scissors'", "NAME=WEIGHT")),
         (["--video_size", "100", "96"], ("100x96", "nearest is 96x96")),
-        (["--image_path", "x.png"], ("x.png", "t2v")),
+        (["--image_path", "x.png"], ("x.png", "no such picture")),
+        (["--schedule", "0:Hook, 5:Suction"], ("frame 5", "last frame is 4")),
+        (["--schedule", "Hook"], ("'Hook' is no FRAME:EXPERT",)),
+        (["--guidance_scale_high_noise", "3"], ("needs --guidance_scale",)),
+        (["--prompts", "x.txt"], ("--prompt TEXT or --prompts FILE",)),
+        (["--lora", "absent.safetensors:0.5"], ("absent.safetensors",)),
+        (["--model", "{work}/absent"], ("absent: no such folder",)),
         (["--solver", "ddim"], ("ddim", "unipc")),
         (["--dtype", "bf61"], ("--dtype 'bf61'", "nearest is 'bf16'", "fp32, bf16, file")),
         (["--device", "gpu"], ("--device 'gpu'", "cpu, cuda or cuda:N")),
         (["--device", "mps"], ("--device 'mps'", "cpu, cuda or cuda:N")),
         (["--device", "cuda:99"], ("--device 'cuda:99' is not there", "give cpu")),
-        (["--lora_moe_weights", "{work}/base.safetensors"], ("base.safetensors", "not a wanmoe adapter")),
+        (["--lora_moe_weights", "{work}/base.safetensors"], ("base.safetensors", "none of a LoRA")),
     ],
 )
 def test_bad_requests_are_one_line_and_write_no_video(monkeypatch, capsys, work, tmp_path, words, expected):
@@ -218,7 +229,10 @@ def test_the_dtype_is_asked_for_or_said(monkeypatch, capsys, caplog, work, words
         def __init__(self, *_paths, **options):
             given.update(options)
 
-        def generate(self, *_request, **_options):
+        def prepare(self, _prompts):
+            pass
+
+        def generate(self, **_request):
             pass
 
     monkeypatch.setattr("wanmoe.infer.LoRAMoEInference", Pipeline)
@@ -240,6 +254,71 @@ def test_bf16_generates_on_the_cpu(monkeypatch, capsys, work, tmp_path):
         assert code == 0, line
     low, full = (read_video(tmp_path / f"{dtype}.mp4").float() for dtype in ("bf16", "fp32"))
     assert full.std() > 1 and (low - full).abs().mean() < 8
+
+
+def test_a_file_of_prompts_makes_a_video_of_each_with_one_model(monkeypatch, capsys, work, tmp_path):
+    (tmp_path / "list.jsonl").write_text(
+        '{"prompt": "hook"}\n'
+        '{"prompt": "liver", "instrument_hint": "Suction", "num_frames": 9, "seed": 5, '
+        '"output_path": "own.mp4"}\n'
+        '{"prompt": "liver", "schedule": "0:Hook, 1:Suction"}\n'
+    )
+    common = ("--dit", work / "base.safetensors", "--vae", "haar", "--t5", "hash", "--mix", "Scissors=1")
+    small = ("--num_frames", "5", "--num_steps", "1", "--video_size", "32", "32", "--seed", "1")
+    more = ("--lora_moe_weights", work / "adapter.safetensors", "--output_path", tmp_path / "clip.mp4")
+    code, line = run(
+        monkeypatch, capsys, "generate", "--prompts", tmp_path / "list.jsonl", *common, *small, *more
+    )
+    assert code == 0, line
+    made = {path.name: read_metadata(path) for path in tmp_path.glob("*.mp4")}
+    assert made.keys() == {"clip-001.mp4", "own.mp4", "clip-003.mp4"}
+    sources = {name: json.loads(about["gates"])["low"]["source"] for name, about in made.items()}
+    assert sources == {"clip-001.mp4": "mix", "own.mp4": "hint", "clip-003.mp4": "schedule"}
+    assert len(read_video(tmp_path / "own.mp4")) == 9 and made["own.mp4"]["seed"] == "5"
+    assert len(list(tmp_path.glob("*.gates.png"))) == 3
+
+
+def test_a_bad_line_among_the_prompts_stops_before_any_video(monkeypatch, capsys, work, tmp_path):
+    (tmp_path / "list.jsonl").write_text('{"prompt": "hook"}\n{"prompt": "hook", "num_frames": 6}\n')
+    monkeypatch.setattr("wanmoe.infer.LoRAMoEInference", lambda *_a, **_b: pytest.fail("the model was read"))
+    common = ("--dit", work / "base.safetensors", "--vae", "haar", "--text", "hash")
+    words = ("--prompts", tmp_path / "list.jsonl", "--output_path", tmp_path / "x.mp4")
+    code, line = run(monkeypatch, capsys, "generate", *common, *words)
+    assert code == 2 and "num_frames 6 must be 4n+1" in line
+
+
+def test_a_model_folder_gives_what_is_not_named(monkeypatch, capsys, work, tmp_path):
+    given = {}
+
+    class Pipeline:
+        def __init__(self, task, dit, **options):
+            given.update(options, task=task, dit=dit)
+
+        def prepare(self, _prompts):
+            pass
+
+        def generate(self, **_request):
+            pass
+
+    monkeypatch.setattr("wanmoe.infer.LoRAMoEInference", Pipeline)
+    for side in ("low", "high"):
+        (tmp_path / f"{side}_noise_model").mkdir()
+        (tmp_path / f"{side}_noise_model" / "x.safetensors").write_bytes(b"")
+    (tmp_path / "Wan2.1_VAE.pth").write_bytes(b"")
+    words = ("--model", tmp_path, "--prompt", "hook")
+    code, line = run(monkeypatch, capsys, "generate", *words)
+    assert code == 2 and "--text must be given" in line and str(tmp_path) in line
+    code, line = run(
+        monkeypatch, capsys, "generate", *words, "--t5", "hash", "--output_path", tmp_path / "x.mp4"
+    )
+    assert code == 0, line
+    assert given["dit"] == tmp_path / "low_noise_model" and given["task"] is None
+    assert given["dit_high_noise_path"] == tmp_path / "high_noise_model"
+    assert given["vae_path"] == tmp_path / "Wan2.1_VAE.pth"
+    code, line = run(
+        monkeypatch, capsys, "generate", *words, "--t5", "hash", "--dit", work / "base.safetensors"
+    )
+    assert code == 0 and given["dit_high_noise_path"] is None
 
 
 def test_prepare_hands_its_device_on(monkeypatch, capsys, work, tmp_path):

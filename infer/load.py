@@ -1,0 +1,161 @@
+"""The parts of a pipeline from their files: sides with their adapters, and the encoder of prompts."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..moe_lora.adapter import Adapter, AdapterConfig
+from ..moe_lora.adapter_file import has_router, is_adapter, load_adapter, read_adapter
+from ..moe_lora.errors import WanmoeError
+from ..moe_lora.fork_file import is_fork, read_fork
+from ..moe_lora.instruments import ExpertSet, known_experts
+from ..moe_lora.interop import import_adapter
+from ..moe_lora.lora_file import read_lora
+from ..moe_lora.lora_merge import LoRASpec
+from ..moe_lora.wan.dit import WanDiT
+from ..moe_lora.wan.text import TextEncoder, encode_prompts
+from ..moe_lora.wan.weights import dit_hash, load_dit
+
+_log = logging.getLogger(__name__)
+
+TASKS = ("t2v-A14B", "i2v-A14B", "t2v-1.3B", "i2v-14B", "tiny", "t2v", "i2v")
+
+PathLike = str | Path
+
+
+def adapter_paths(
+    given: PathLike | tuple[PathLike | None, PathLike | None] | None, two_sides: bool, any_base: bool
+) -> dict[str, Path]:
+    """Adapter file of each side ("low", "high"), from one file or a pair (low, high)."""
+    if given is None:
+        return {}
+    if isinstance(given, tuple):
+        paths = {n: Path(path) for n, path in zip(("low", "high"), given, strict=True) if path is not None}
+    else:
+        path = Path(given)
+        side = noise_expert_of(path) if two_sides else "low"
+        paths = {name: path for name in ("low", "high") if side in (name, "both")}
+    if two_sides:
+        return paths
+    if "high" in paths:
+        raise WanmoeError(
+            f"adapter {paths['high']} is for a high-noise model, and there is only one model: give "
+            "dit_high_noise_path (--dit_high_noise) too"
+        )
+    for path in paths.values():
+        if noise_expert_of(path) == "high" and not any_base:
+            raise WanmoeError(
+                f"adapter {path} belongs to the high noise expert, and there is only one model: give that "
+                "expert as dit_high_noise_path (--dit_high_noise), or pass any_base (--any_base) to load it "
+                "all the same"
+            )
+    return paths
+
+
+def noise_expert_of(path: Path) -> str:
+    """The side that an adapter or LoRA file says it belongs to; "both" where it does not say."""
+    if is_adapter(path):
+        return read_adapter(path)[0].noise_expert
+    stated = read_fork(path).noise_expert if is_fork(path) else read_lora(path).noise_expert
+    return stated or "both"
+
+
+def experts_of(path: Path, config_file: Path | None = None) -> ExpertSet:
+    """The experts of an adapter file, ours or the fork's; those of a plain LoRA are our defaults."""
+    if is_adapter(path):
+        return read_adapter(path)[0].adapter.expert_set
+    if is_fork(path):
+        return ExpertSet(known_experts(read_fork(path, config_file).expert_names))
+    return AdapterConfig().expert_set
+
+
+def check_task(task: str | None, model: str, path: Path) -> None:
+    """Raises WanmoeError where a task has no such name or is not that of the model."""
+    if task is None:
+        return
+    if task not in TASKS:
+        near = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.0)[0]
+        raise WanmoeError(f"unknown task {task!r}; nearest is {near!r}, known are: {', '.join(TASKS)}")
+    wanted = "i2v" if task.startswith("i2v") else "t2v"
+    if model != wanted:
+        raise WanmoeError(f"{path}: this is a {model} model, but the task is {task}")
+
+
+def load_model(
+    name: str,
+    path: Path,
+    adapter_path: Path | None,
+    *,
+    dtype: torch.dtype | None,
+    any_base: bool,
+    loras: Sequence[LoRASpec] = (),
+    config_file: Path | None = None,
+) -> tuple[WanDiT, Adapter | None]:
+    """The DiT of a side in host memory, other LoRAs merged in, and its adapter of any known format."""
+    wanted = [lora for lora in loras if lora.serves(name)]
+    dit = load_dit(path, dtype=dtype, loras=wanted)
+    for lora in wanted:
+        _log.info("merged %s into the %s-noise model, strength %g", lora.path, name, lora.strength)
+    if adapter_path is None:
+        return dit, None
+    if not is_adapter(adapter_path):
+        return dit, import_adapter(
+            adapter_path, dit, noise_expert=name, any_base=any_base, config_file=config_file
+        )
+    info, tensors = read_adapter(adapter_path)
+    if info.router.mode == "learned" and not has_router(tensors):
+        raise WanmoeError(
+            f"{adapter_path}: it says routing is learned, but holds no router; "
+            'train stage c from it, or set router.mode = "rule"'
+        )
+    base = None if any_base or not info.base_sha256 else dit_hash(path)
+    return dit, load_adapter(adapter_path, dit, noise_expert=name, base_sha256=base, any_base=any_base)
+
+
+class PromptEncoder:
+    """A text encoder that is in memory while prompts are encoded, and not while a video is made.
+
+    `load` is called at once, so that a wrong path shows before any other file is read, and again when prompts
+    come that have no embedding yet.
+    """
+
+    def __init__(self, load: Callable[[], TextEncoder]) -> None:
+        self._load = load
+        self._encoder: TextEncoder | None = load()
+        self.name, self.stand_in = self._encoder.name, self._encoder.stand_in
+        self._embeddings: dict[str, Tensor] = {}
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Encodes what of these is not encoded yet, and releases the encoder."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
+        if missing:
+            encoder = self._encoder or self._load()
+            # One at a time: the embeddings of a prompt must not depend on what it is encoded with.
+            self._embeddings |= {prompt: encode_prompts(encoder, [prompt])[0] for prompt in missing}
+        self._encoder = None
+
+    def __getitem__(self, prompt: str) -> Tensor:
+        """[n, D] of a prepared prompt."""
+        return self._embeddings[prompt]
+
+
+def facts(
+    paths: Mapping[str, Path],
+    adapters: Mapping[str, Path],
+    hashes: Mapping[str, str],
+    loras: Sequence[LoRASpec],
+) -> dict[str, str]:
+    """What a written video says of the files it was made with."""
+    return {
+        "dit": ", ".join(f"{name} {path}" for name, path in paths.items()),
+        "adapter": ", ".join(f"{name} {path}" for name, path in adapters.items()) or "none",
+        "adapter_sha256": ", ".join(f"{name} {digest}" for name, digest in hashes.items()) or "none",
+        "loras": ", ".join(f"{lora.path}:{lora.strength:g}:{lora.side or 'both'}" for lora in loras)
+        or "none",
+    }

@@ -1,0 +1,210 @@
+"""A DiT with its adapter as the sampler calls it: on the card while it runs, exact or with merged weights.
+
+B clips of a call, F latent frames, E experts, L tokens of one clip.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..moe_lora.adapter import Adapter
+from ..moe_lora.routing import Gates
+from ..moe_lora.wan.dit import WanDiT
+from .timeline import GateRecord
+
+_log = logging.getLogger(__name__)
+
+
+class Side:
+    """One DiT with its adapter, if it has one: a noise expert, or the whole model.
+
+    Args:
+        name: "low" or "high".
+        device: where it runs.
+        resident: it stays on the device. Otherwise its weights wait in host memory and are copied to the
+            device by `enter`; `leave` drops the copy, since nothing that is frozen need travel back.
+        merged: run with W + dW in the dtype of W instead of the adapter op; the gates of a call must then be
+            the same for all of its tokens.
+        compiled: run every block through `torch.compile`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dit: WanDiT,
+        adapter: Adapter | None,
+        device: torch.device,
+        *,
+        resident: bool = True,
+        merged: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        self.name = name
+        self.dit = dit
+        self.adapter = adapter
+        self.device = device
+        self.merged = merged and adapter is not None
+        self._host: list[Tensor] | None = None if resident else [t.data for t in self._tensors()]
+        self._plain: dict[str, Tensor] = {}
+        self._merged_for: tuple[float, ...] | None = None
+        if resident:
+            dit.to(device)
+        if compiled:
+            for block in dit.blocks:
+                block.compile()
+
+    def enter(self) -> None:
+        """Brings the weights to the device."""
+        if self._host is not None:
+            for tensor in self._tensors():
+                tensor.data = self._copy(tensor.data)
+
+    def leave(self) -> None:
+        """Frees the device; the weights are those in host memory again, without what was merged."""
+        if self._host is not None:
+            for tensor, host in zip(self._tensors(), self._host, strict=True):
+                tensor.data = host
+            self._merged_for = None
+
+    def merge(self, base: float, experts: Sequence[float]) -> bool:
+        """Puts W + dW of these gates in place of W; False if they are there already."""
+        assert self.adapter is not None
+        wanted = (base, *experts)
+        if self._merged_for == wanted:
+            return False
+        for name, linear in self.adapter.modules.items():
+            plain = self._plain_weight(name).to(linear.base_up.device)
+            linear.weight.data = (plain.float() + linear.delta(base, experts)).to(plain.dtype)
+        self._merged_for = wanted
+        return True
+
+    def unmerge(self) -> None:
+        """Puts the frozen weights back, to the bit."""
+        if self._merged_for is not None and self.adapter is not None:
+            for name, linear in self.adapter.modules.items():
+                linear.weight.data = self._plain_weight(name).to(linear.base_up.device)
+            self._merged_for = None
+
+    def _plain_weight(self, name: str) -> Tensor:
+        """The frozen weight, kept in host memory: on A14B the adapted linears are 3.8 GB in bf16."""
+        assert self.adapter is not None
+        if name not in self._plain:
+            self._plain[name] = self.adapter.modules[name].weight.data.cpu()
+        return self._plain[name]
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self.dit.parameters()
+        yield from self.dit.buffers()
+
+
+class Cast:
+    """The sides of one request: brings the one that a step needs to the device and remembers its gates.
+
+    experts: E, the width of the records of a side without an adapter.
+    """
+
+    def __init__(self, experts: int) -> None:
+        self._silent = torch.zeros(1, experts)
+        self.records: list[GateRecord] = []
+        self.errors: dict[str, float] = {}
+        """Relative error of v with merged weights, by side and gates."""
+        self._on: Side | None = None
+
+    def bring(self, side: Side) -> None:
+        """Makes `side` the one that is on the device."""
+        if self._on is not side:
+            self.clear()
+            side.enter()
+            self._on = side
+
+    def clear(self) -> None:
+        """Takes whichever side is on the device off it."""
+        if self._on is not None:
+            self._on.leave()
+            self._on = None
+
+    def note(self, side: str, t: float, gates: Tensor | None) -> None:
+        """Records a step; the second pass of guidance is the same step."""
+        if not self.records or (self.records[-1].side, self.records[-1].t) != (side, t):
+            kept = self._silent if gates is None else gates.detach().float().cpu()
+            self.records.append(GateRecord(len(self.records) + 1, side, t, kept))
+
+
+class Denoiser:
+    """A side in one request, as the sampler calls it. Its own gates: two adapters may have other bands."""
+
+    def __init__(
+        self, cast: Cast, side: Side, experts: Tensor, tokens: int, alpha_base: float, alpha_expert: float
+    ) -> None:
+        """experts: [E] for the whole clip, or [F, E] by latent frame; tokens: L."""
+        self.cast = cast
+        self.side = side
+        self.experts = experts
+        self.tokens = tokens
+        self.alphas = {"alpha_base": alpha_base, "alpha_expert": alpha_expert}
+
+    def __call__(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | Sequence[Tensor],
+        gates: Gates | None = None,
+        image_latent: Tensor | None = None,
+        image_context: Tensor | None = None,
+    ) -> Tensor:
+        """v of x [B, C, F, H, W] at t [B]; `gates` are made here and not taken."""
+        self.cast.bring(self.side)
+        gates = self._gates(t)
+        rows = None if gates is None else gates.experts[: gates.experts.shape[0] // len(t)]
+        self.cast.note(self.side.name, float(t[0]), rows)
+        conditions = (context, image_latent, image_context)
+        if gates is None or not self.side.merged:
+            return self._run(x, t, gates, conditions)
+        assert rows is not None
+        return self._run_merged(x, t, gates, rows[0].tolist(), conditions)
+
+    def _gates(self, t: Tensor) -> Gates | None:
+        if self.side.adapter is None:
+            return None
+        experts = self.experts.to(t.device).expand(len(t), *self.experts.shape)
+        return self.side.adapter.gates(experts, t, tokens=self.tokens, **self.alphas)
+
+    def _run(
+        self,
+        x: Tensor,
+        t: Tensor,
+        gates: Gates | None,
+        conditions: tuple[Tensor | Sequence[Tensor], Tensor | None, Tensor | None],
+    ) -> Tensor:
+        context, image_latent, image_context = conditions
+        v: Tensor = self.side.dit(x, t, context, gates, image_latent, image_context)
+        return v
+
+    def _run_merged(
+        self,
+        x: Tensor,
+        t: Tensor,
+        gates: Gates,
+        experts: list[float],
+        conditions: tuple[Tensor | Sequence[Tensor], Tensor | None, Tensor | None],
+    ) -> Tensor:
+        """With merged weights; the first call under new gates is made both ways, to say what that costs."""
+        label = f"{self.side.name} noise, gates {', '.join(f'{gate:.2f}' for gate in experts)}"
+        exact = None
+        if label not in self.cast.errors:
+            self.side.unmerge()
+            exact = self._run(x, t, gates, conditions)
+        self.side.merge(self.alphas["alpha_base"], experts)
+        v = self._run(x, t, None, conditions)
+        if exact is not None:
+            error = float((v - exact).norm() / exact.norm())
+            self.cast.errors[label] = error
+            _log.info("merged weights (%s): v differs from the exact adapter by %.1e", label, error)
+        return v

@@ -1,0 +1,55 @@
+"""Prompts are encoded once, each for itself; adapters of any format say side and experts."""
+
+import pytest
+import torch
+
+from wanmoe.infer.load import PromptEncoder, adapter_paths, check_task, experts_of, noise_expert_of
+from wanmoe.moe_lora.errors import WanmoeError
+from wanmoe.moe_lora.lora_file import write_lora
+from wanmoe.moe_lora.wan.text import HashTextEncoder, encode_prompts
+
+
+def test_embeddings_do_not_depend_on_the_prompts_beside_them():
+    encoder = PromptEncoder(HashTextEncoder)
+    encoder.prepare(["hook", "a much longer prompt with many words", "hook"])
+    assert torch.equal(encoder["hook"], encode_prompts(HashTextEncoder(), ["hook"])[0])
+
+
+def test_a_prompt_that_was_prepared_needs_no_encoder():
+    loads = []
+
+    def load():
+        loads.append(1)
+        return HashTextEncoder()
+
+    encoder = PromptEncoder(load)
+    encoder.prepare(["a"])
+    encoder.prepare(["a"])
+    assert len(loads) == 1
+    encoder.prepare(["b"])
+    assert len(loads) == 2 and encoder["a"].shape == encoder["b"].shape
+
+
+def lora(path, **metadata):
+    write_lora(path, {"blocks.0.self_attn.q": (torch.ones(1, 4), torch.ones(4, 1))}, metadata=metadata)
+    return path
+
+
+def test_a_lora_goes_where_it_says(tmp_path):
+    stated = lora(tmp_path / "x.safetensors", noise_expert="high")
+    named = lora(tmp_path / "x_low_noise.safetensors")
+    silent = lora(tmp_path / "y.safetensors")
+    assert [noise_expert_of(path) for path in (stated, named, silent)] == ["high", "low", "both"]
+    assert adapter_paths(stated, True, False) == {"high": stated}
+    assert adapter_paths(silent, True, False) == {"low": silent, "high": silent}
+    assert adapter_paths(named, False, False) == {"low": named}
+    assert experts_of(silent).names[0] == "Scissors"
+    with pytest.raises(WanmoeError, match="there is only one model"):
+        adapter_paths(stated, False, False)
+
+
+def test_a_task_is_checked_where_it_is_given(tmp_path):
+    check_task(None, "i2v", tmp_path)
+    check_task("i2v-14B", "i2v", tmp_path)
+    with pytest.raises(WanmoeError, match="this is a i2v model, but the task is t2v"):
+        check_task("t2v", "i2v", tmp_path)

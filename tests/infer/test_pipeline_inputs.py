@@ -1,0 +1,137 @@
+"""What else goes into a generation: merged weights, LoRAs, text encoder, first and last frame, CLIP."""
+
+import dataclasses
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from wanmoe.infer import LoRAMoEInference
+from wanmoe.moe_lora.errors import WanmoeError
+from wanmoe.moe_lora.lora_file import write_lora
+from wanmoe.moe_lora.lora_merge import LoRASpec
+from wanmoe.moe_lora.video import read_metadata
+from wanmoe.moe_lora.wan import text
+from wanmoe.moe_lora.wan.config import WanConfig
+from wanmoe.moe_lora.wan.text import HashTextEncoder
+from wanmoe.moe_lora.wan.weights import load_dit
+
+HOOK, SUCTION = "Hook/Electrocautery", "Suction"
+I2V = WanConfig(**{**WanConfig.preset("tiny").__dict__, "task": "i2v", "in_dim": 36})
+FAST = {"num_frames": 5, "video_size": (32, 48), "num_steps": 3, "guidance_scale": 1.0, "seed": 3}
+MODEL = {"vae_path": "haar", "t5_path": "hash", "alpha_base": 1.0, "device": "cpu"}
+
+
+# ---------------------------------------------------------------------------------- merged, other LoRAs
+
+
+def test_merged_weights_make_the_same_video_and_say_their_error(
+    inference: LoRAMoEInference, files: Path, tmp_path: Path
+) -> None:
+    paths = {"dit_path": files / "low.safetensors", "lora_moe_weights": files / "adapter.safetensors"}
+    merged = LoRAMoEInference("t2v", **paths, **MODEL, merged=True)
+    path = tmp_path / "m.mp4"
+    settings = {**FAST, "num_steps": 8, "flow_shift": 1.0}
+    video = merged.generate("tissue", HOOK, **settings, output_path=path)
+    assert (video.float() - inference.generate("tissue", HOOK, **settings).float()).abs().max() <= 1
+    errors = json.loads(read_metadata(path)["settings"])["merged_error"]
+    assert len(errors) == 3 and max(errors.values()) < 1e-4  # one for each band of t that the steps meet
+    with pytest.raises(WanmoeError, match="merged weights hold one mix"):
+        merged.generate("tissue", schedule="0:Hook", **FAST)
+
+
+def test_a_lora_is_merged_into_its_own_side(files: Path, tmp_path: Path) -> None:
+    low, high = files / "low.safetensors", files / "high.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    name, width = "blocks.0.self_attn.q", WanConfig.preset("tiny").dim
+    factors = {name: tuple(torch.randn(s, generator=generator) for s in ((3, width), (width, 3)))}
+    write_lora(tmp_path / "x.safetensors", factors)
+    pair = {"dit_path": low, "dit_high_noise_path": high, **MODEL}
+    spec = LoRASpec.parse(f"{tmp_path / 'x.safetensors'}:0.5:high")
+    model = LoRAMoEInference("t2v", **pair, loras=[spec])
+    found = {side: model.sides[side].dit.get_parameter(f"{name}.weight") for side in ("low", "high")}
+    plain = {
+        side: load_dit(path).get_parameter(f"{name}.weight") for side, path in (("low", low), ("high", high))
+    }
+    down, up = factors[name]
+    assert torch.equal(found["low"], plain["low"])
+    torch.testing.assert_close(found["high"], plain["high"] + 0.5 * up @ down, rtol=1e-5, atol=1e-5)
+    with pytest.raises(WanmoeError, match="there is only one model"):
+        LoRAMoEInference("t2v", low, **MODEL, loras=[spec])
+
+
+def test_a_plain_lora_runs_as_the_base_adapter(files: Path, tmp_path: Path) -> None:
+    """Kept whole at alpha_base 1 it does what merging does."""
+    name, width = "blocks.1.ffn.2", WanConfig.preset("tiny").dim
+    generator = torch.Generator().manual_seed(0)
+    factors = (torch.randn(3, 384, generator=generator), torch.randn(width, 3, generator=generator) * 0.1)
+    write_lora(tmp_path / "x.safetensors", {name: factors}, format="diffusers")
+    kept = LoRAMoEInference(
+        "t2v", files / "low.safetensors", lora_moe_weights=tmp_path / "x.safetensors", **MODEL
+    )
+    merged = LoRAMoEInference(
+        "t2v", files / "low.safetensors", loras=[LoRASpec(tmp_path / "x.safetensors")], **MODEL
+    )
+    plain = LoRAMoEInference("t2v", files / "low.safetensors", **MODEL)
+    video = kept.generate("liver", **FAST).float()
+    assert (video - merged.generate("liver", **FAST).float()).abs().max() <= 1
+    assert (video - plain.generate("liver", **FAST).float()).abs().max() > 1
+
+
+# ---------------------------------------------------------------------------------------- text encoder
+
+
+def test_the_text_encoder_is_read_once_and_released(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    class Encoder(HashTextEncoder):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__(*sizes)
+            loaded.append(weakref.ref(self))
+
+    monkeypatch.setattr(text, "HashTextEncoder", Encoder)
+    model = LoRAMoEInference("t2v", files / "low.safetensors", **MODEL)
+    assert len(loaded) == 1
+    model.prepare(["hook", "scissors", None])
+    assert loaded[0]() is None
+    model.generate("hook", **FAST)
+    model.generate("scissors", **FAST)
+    assert len(loaded) == 1
+    model.generate("a prompt that is new", **FAST)
+    assert len(loaded) == 2 and loaded[1]() is None
+
+
+# ------------------------------------------------------------------------------------ first, last, CLIP
+
+
+def test_the_last_frame_of_an_i2v_clip_acts(files: Path, tmp_path: Path) -> None:
+    model = LoRAMoEInference("i2v", files / "i2v.safetensors", **MODEL)
+    assert cv2.imwrite(str(tmp_path / "end.png"), np.full((40, 60, 3), 200, np.uint8))
+    first = model.generate("hook", image_path=files / "image.png", **FAST)
+    both = model.generate(
+        "hook", image_path=files / "image.png", last_image_path=tmp_path / "end.png", **FAST
+    )
+    assert not torch.equal(first, both)
+
+
+def test_a_wan21_image_model_takes_clip_tokens(
+    write_dit: Callable[..., Path], files: Path, tmp_path: Path
+) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=160, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=14
+    )
+    CLIPVisionModel(config).save_pretrained(tmp_path / "clip")
+    dit = write_dit(tmp_path / "i2v.safetensors", dataclasses.replace(I2V, image_dim=160), 3)
+    with pytest.raises(WanmoeError, match="needs clip_path"):
+        LoRAMoEInference("i2v", dit, **MODEL)
+    model = LoRAMoEInference("i2v", dit, clip_path=tmp_path / "clip", **MODEL)
+    video = model.generate("hook", image_path=files / "image.png", **FAST)
+    assert video.shape == (5, 32, 48, 3)
