@@ -50,11 +50,37 @@ def test_the_commands_leave_what_the_guide_says(folder):
     assert not list(folder.rglob(".*tmp*"))
 
 
+def run_python(code, place):
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 def test_the_python_of_the_guide_runs(folder):
     (code,) = blocks("python")
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_python(code, folder)
     assert (folder / "hook.mp4").stat().st_size > 0
+
+
+def test_the_commands_of_the_page_on_generation(folder):
+    commands = blocks("bash", (ROOT / "docs" / "generate.md").read_text(encoding="utf-8"))
+    assert len(commands) == 2
+    for block in commands:
+        run(block, folder)
+    for name in ("change.mp4", "change.gates.png", "clip-001.mp4", "mixed.mp4"):
+        assert (folder / name).stat().st_size > 0
+
+
+def test_the_commands_of_the_page_on_interoperation(folder):
+    page = (ROOT / "docs" / "interop.md").read_text(encoding="utf-8")
+    look, out, back = blocks("bash", page)
+    assert "wanmoe-adapter/1" in run(look, folder)
+    assert "rank 8, error" in run(out, folder)
+    run(back, folder)
+    for name in ("suction.safetensors", "mix-peft/adapter_config.json", "merged.safetensors"):
+        assert (folder / name).stat().st_size > 0
+    (code,) = blocks("python", page)
+    assert run_python(code, folder).split()[2] == "0.0"  # an export without --rank is exact
 
 
 def test_the_toml_of_the_guide_is_a_valid_set_of_experts(tmp_path):
@@ -93,6 +119,8 @@ def test_the_commands_of_the_page_on_kernels(tmp_path):
         "README.md",
         "CONTRIBUTING.md",
         "docs/guide.md",
+        "docs/generate.md",
+        "docs/interop.md",
         "docs/kernels.md",
         "csrc/README.md",
         "kernels/lora_moe/README.md",

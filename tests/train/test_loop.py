@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from wanmoe.launch.config import LaunchConfig
 from wanmoe.launch.launcher import environment
+from wanmoe.moe_lora import AdapterConfig, import_adapter, save_adapter
 from wanmoe.moe_lora.adapter_file import read_adapter
+from wanmoe.moe_lora.lora_file import write_lora
 from wanmoe.moe_lora.wan.weights import load_dit
 from wanmoe.train.shard_writer import ShardWriter
 from wanmoe.train.tracking import read_metrics
@@ -236,6 +238,36 @@ def test_experts_and_router_train_together_with_recomputation_and_readers(launch
     assert all(tensors[name].any() for name in tensors)
     assert all(torch.equal(tensors[n], start[n]) == (".base_" in n) for n in start)
     assert {"train/teacher_kl", "train/diffusion"} < set(read_metrics(tmp_path / "run")[-2])
+
+
+def test_experts_train_on_an_imported_lora_that_stays_as_it_is(launcher, config, base, tmp_path):
+    """A full-coverage LoRA in every block, the prefix too; without its part there the losses are others."""
+    generator = torch.Generator().manual_seed(0)
+    dit = load_dit(base)
+    factors = {}
+    for name in (
+        f"blocks.{i}.{linear}" for i in range(3) for linear in ("self_attn.q", "cross_attn.v", "ffn.2")
+    ):
+        d_out, d_in = dit.get_parameter(f"{name}.weight").shape
+        factors[name] = (
+            torch.randn(3, d_in, generator=generator),
+            torch.randn(d_out, 3, generator=generator) * 0.1,
+        )
+    write_lora(tmp_path / "style.safetensors", factors)
+    small = AdapterConfig(blocks=1, ffn_blocks=1)
+    adapter = import_adapter(tmp_path / "style.safetensors", dit, config=small)
+    del config["adapter"]
+    for run in ("whole", "bare"):
+        if run == "bare":
+            for name, parameter in adapter.parameters(("base",)).items():
+                parameter.data *= not name.startswith(("blocks.0.", "blocks.1."))
+        start = save_adapter(adapter, tmp_path / f"{run}.safetensors", stage="a", step=0)
+        config["model"]["adapter"] = str(start)
+        config["train"] |= {"stage": "b", "run": str(tmp_path / run), "steps": 3}
+        assert "prefix 2 of 3 blocks without a graph" in launcher.run(config, tmp_path / f"{run}.toml")
+        before, after = (read_adapter(path)[1] for path in (start, tmp_path / run / "adapter.safetensors"))
+        assert all(torch.equal(after[name], value) == (".base_" in name) for name, value in before.items())
+    assert losses(tmp_path / "bare") != pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
 
 
 def test_a_finished_run_whose_file_is_gone_writes_it_again(launcher, stages, tmp_path):
