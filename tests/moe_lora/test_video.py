@@ -22,6 +22,7 @@ from wanmoe.moe_lora.video import (
     video_info,
     write_video,
 )
+from wanmoe.moe_lora.wan.codec import HaarCodec
 
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (20, 200, 180))
 
@@ -198,3 +199,17 @@ def test_real_files_decode(data_dir: Path) -> None:
         video = read_video(data_dir / name, fps=12.5, size=(48, 64), start_frame=10, num_frames=5)
         assert video.shape == (5, 48, 64, 3)
         assert float(video.float().std()) > 5
+
+
+@pytest.mark.parametrize("clip", ["surgical/endo.mp4", "bikes.mp4", "wan/decoded_taew2_1.mp4"])
+def test_what_a_codec_decodes_comes_back_from_the_file_within_two_levels(
+    data_dir: Path, tmp_path: Path, clip: str
+) -> None:
+    codec = HaarCodec()
+    video = to_model(read_video(data_dir / clip, num_frames=17, size=(256, 256)))
+    frames = to_frames(codec.decode(codec.encode(video[None]))[0])
+    write_video(tmp_path / "out.mp4", frames, 16, {"prompt": "电凝钩", "seed": "3"})
+    back = read_video(tmp_path / "out.mp4")
+    error = (back.float() - frames.float()).abs().mean()
+    assert error < 2.0
+    assert read_metadata(tmp_path / "out.mp4") == {"prompt": "电凝钩", "seed": "3"}
