@@ -135,3 +135,29 @@ def test_a_wan21_image_model_takes_clip_tokens(
     model = LoRAMoEInference("i2v", dit, clip_path=tmp_path / "clip", **MODEL)
     video = model.generate("hook", image_path=files / "image.png", **FAST)
     assert video.shape == (5, 32, 48, 3)
+
+
+# ------------------------------------------------------------------------------------------ the card
+
+
+@pytest.mark.parametrize(
+    ("free", "guidance", "batched"),
+    [(80, (3.0, 4.0), True), (80, (1.0, 1.0), False), (0.8, (3.0, 4.0), False)],
+)
+def test_both_passes_share_a_forward_where_the_card_has_room(
+    inference: LoRAMoEInference, monkeypatch: pytest.MonkeyPatch, free: float, guidance: object, batched: bool
+) -> None:
+    monkeypatch.setattr(inference, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (int(free * 1e9), 80 * 10**9))
+    settings = inference._settings(None, guidance, None, "unipc", None, None, None, None)
+    assert inference._plan(17, (256, 256), settings) == batched
+
+
+def test_a_card_that_is_too_small_is_said_before_the_first_step(
+    inference: LoRAMoEInference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (10**9, 10**9))
+    settings = inference._settings(None, None, None, "unipc", None, None, None, None)
+    with pytest.raises(WanmoeError, match=r"modelled need on the card .* the card has 1 GB"):
+        inference._plan(81, (720, 1280), settings)
