@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import ValidationError
 from safetensors import safe_open
 
-from ..moe_lora.adapter_file import AdapterInfo, is_adapter
+from ..moe_lora.adapter_file import is_adapter, read_adapter_info
 from ..moe_lora.errors import WanmoeError
 from ..moe_lora.files import file_sha256
-from ..moe_lora.fork_file import is_fork, read_fork
+from ..moe_lora.fork_file import is_fork, read_fork, survey_fork
 from ..moe_lora.lora_file import noise_expert_of_name, read_lora
 from ..moe_lora.wan.codec import CHANNELS
 from ..moe_lora.wan.config import WanConfig
@@ -86,11 +85,14 @@ _DTYPES = {
 }
 
 
-def inspect_file(path: str | Path, *, hash_large: bool = False) -> FileReport:
+def inspect_file(
+    path: str | Path, *, hash_large: bool = False, config_file: Path | None = None
+) -> FileReport:
     """Says what a file or folder of weights, latents or adapters is.
 
     Args:
         hash_large: compute the sha256 of more than `HASHED_BYTES` too.
+        config_file: the fork's config file, for files of it that do not carry their own.
 
     Raises:
         WanmoeError: there is nothing, it is damaged, or it is of no known kind.
@@ -106,18 +108,20 @@ def inspect_file(path: str | Path, *, hash_large: bool = False) -> FileReport:
         raise WanmoeError(
             f"{path}: not a file that wanmoe reads; it knows {', '.join(SUFFIXES)} and folders of them"
         )
-    facts = _facts(path)
+    facts = _facts(path, config_file)
     size = sum(file.stat().st_size for file in weight_files(path))
     digest = dit_hash(path) if hash_large or size <= HASHED_BYTES else None
     return FileReport(**{"path": str(path), "bytes": size, "sha256": digest, **facts})
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _facts(path: Path, config_file: Path | None) -> dict[str, Any]:
     """Fields of the report that depend on the kind."""
+    if is_fork(path):
+        return _fork(path, config_file)
+    if config_file is not None:
+        raise WanmoeError(f"{path}: is no LoRA-MoE file of the fork; leave --lora_moe_config_file out")
     if is_adapter(path):
         return _adapter(path)
-    if is_fork(path):
-        return _fork(path)
     weights = open_weights(path)
     names = weights.tensors.keys()
     stored = _stored(path, weights)
@@ -152,11 +156,8 @@ def _stored(path: Path, weights: Weights) -> dict[str, Any]:
 
 
 def _adapter(path: Path) -> dict[str, Any]:
+    info = read_adapter_info(path)
     weights = open_weights(path)
-    try:
-        info = AdapterInfo.model_validate_json(weights.metadata.get("info", ""))
-    except ValidationError as error:
-        raise WanmoeError(f"{path}: its description is damaged: {' '.join(str(error).split())}") from error
     ranks: dict[str, list[tuple[str, int]]] = {"base": [], "experts": []}
     trained = torch.zeros(len(info.adapter.experts), dtype=torch.bool)
     base_trained = False
@@ -185,8 +186,14 @@ def _adapter(path: Path) -> dict[str, Any]:
     }
 
 
-def _fork(path: Path) -> dict[str, Any]:
-    fork = read_fork(path)
+def _fork(path: Path, config_file: Path | None) -> dict[str, Any]:
+    unnamed = ""
+    try:
+        fork = read_fork(path, config_file)
+    except WanmoeError as error:
+        if config_file is not None:
+            raise
+        fork, unnamed = survey_fork(path), str(error).removeprefix(f"{path}: ")
     tensors = [(part, linear) for linear in fork.linears.values() for part in linear if part is not None]
     dtypes: Counter[str] = Counter()
     for part, _ in tensors:
@@ -202,13 +209,16 @@ def _fork(path: Path) -> dict[str, Any]:
     return {
         "format": "LoRA-MoE of the musubi-tuner fork",
         "noise_expert": fork.noise_expert,
-        "linears": _linears(fork.linears),
+        "linears": f"{len(fork.linears)}, not named" if unnamed else _linears(fork.linears),
         "ranks": _by_projection(ranks),
         "experts": [ExpertState(name=name, trained=name not in fork.untrained) for name in fork.expert_names],
         "parameters": dtypes.total(),
         "dtypes": dict(dtypes.most_common()),
-        "details": {"alpha": fork.alpha},
-        "notes": list(fork.notes),
+        "details": {"alpha": "not stated" if math.isnan(fork.alpha) else fork.alpha},
+        "notes": [
+            *fork.notes,
+            *([f"names of linears and experts need --lora_moe_config_file: {unnamed}"] if unnamed else []),
+        ],
     }
 
 
@@ -337,12 +347,24 @@ def _shards(folder: Path) -> FileReport:
     found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
     if found != _SHARDS_FORMAT:
         raise WanmoeError(f"{file}: format is {found!r}; of such folders only {_SHARDS_FORMAT!r} is known")
-    names = {part: manifest.get(part, {}).get("name") for part in ("codec", "text_encoder")}
-    shards = manifest.get("shards", [])
+    coders = {part: manifest.get(part) for part in ("codec", "text_encoder")}
+    shards, task = manifest.get("shards"), manifest.get("task")
+    faults = [part for part, facts in coders.items() if not isinstance(facts, dict)]
+    if not isinstance(shards, list) or not all(
+        isinstance(shard, dict) and isinstance(shard.get("bytes"), int) for shard in shards
+    ):
+        faults.append("shards")
+    if not isinstance(task, str):
+        faults.append("task")
+    if faults:
+        raise WanmoeError(
+            f"{file}: {', '.join(faults)} missing or not as `wanmoe prepare` writes it; is it damaged?"
+        )
+    names = {part: facts.get("name") for part, facts in coders.items() if isinstance(facts, dict)}
     return FileReport(
         path=str(folder),
         format=f"shards of wanmoe ({found})",
-        task=manifest.get("task"),
+        task=task,
         bytes=sum(shard["bytes"] for shard in shards),
         sha256=file_sha256(file),
         details={"samples": manifest.get("n_samples", {}), "shards": len(shards), **names},
@@ -374,8 +396,8 @@ def _by_projection(
     for part, pairs in parts.items():
         found: dict[str, set[int]] = {}
         for name, rank in pairs:
-            match = re.match(r"^blocks\.\d+\.(?:\w+_attn\.)?(.+)$", name)
-            found.setdefault(match[1] if match else name, set()).add(rank)
+            match = re.match(r"^(?:blocks\.\d+\.(?:\w+_attn\.)?(.+)|(lora_moe)_\d+)$", name)
+            found.setdefault((match[1] or match[2]) if match else name, set()).add(rank)
         order = [name for name in _PROJECTIONS if name in found]
         order += [name for name in found if name not in _PROJECTIONS]
         if found:

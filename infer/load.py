@@ -6,12 +6,13 @@ import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..moe_lora.adapter import Adapter, AdapterConfig
-from ..moe_lora.adapter_file import has_router, is_adapter, load_adapter, read_adapter
+from ..moe_lora.adapter_file import has_router, is_adapter, load_adapter, read_adapter, read_adapter_info
 from ..moe_lora.errors import WanmoeError
 from ..moe_lora.fork_file import is_fork, read_fork
 from ..moe_lora.instruments import ExpertSet, known_experts
@@ -20,7 +21,7 @@ from ..moe_lora.lora_file import read_lora
 from ..moe_lora.lora_merge import LoRASpec
 from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.text import TextEncoder, encode_prompts
-from ..moe_lora.wan.weights import dit_hash, load_dit
+from ..moe_lora.wan.weights import dit_hash, load_dit, read_dit_config
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def adapter_paths(
 def noise_expert_of(path: Path) -> str:
     """The side that an adapter or LoRA file says it belongs to; "both" where it does not say."""
     if is_adapter(path):
-        return read_adapter(path)[0].noise_expert
+        return read_adapter_info(path).noise_expert
     stated = read_fork(path).noise_expert if is_fork(path) else read_lora(path).noise_expert
     return stated or "both"
 
@@ -69,7 +70,7 @@ def noise_expert_of(path: Path) -> str:
 def experts_of(path: Path, config_file: Path | None = None) -> ExpertSet:
     """The experts of an adapter file, ours or the fork's; those of a plain LoRA are our defaults."""
     if is_adapter(path):
-        return read_adapter(path)[0].adapter.expert_set
+        return read_adapter_info(path).adapter.expert_set
     if is_fork(path):
         return ExpertSet(known_experts(read_fork(path, config_file).expert_names))
     return AdapterConfig().expert_set
@@ -96,33 +97,41 @@ def load_model(
     any_base: bool,
     loras: Sequence[LoRASpec] = (),
     config_file: Path | None = None,
+    fold_timestep: bool = False,
 ) -> tuple[WanDiT, Adapter | None]:
     """The DiT of a side in host memory, other LoRAs merged in, and its adapter of any known format."""
+    ours = adapter_path is not None and is_adapter(adapter_path)
+    fits: dict[str, Any] = {"noise_expert": name, "any_base": any_base}
+    base: str | None = None
+    if adapter_path is not None and ours:
+        info, tensors = read_adapter(adapter_path)
+        if info.router.mode == "learned" and not has_router(tensors):
+            raise WanmoeError(
+                f"{adapter_path}: it says routing is learned, but holds no router; "
+                'train stage c from it, or set router.mode = "rule"'
+            )
+        base = dit_hash(path) if info.base_sha256 and not any_base else None
+        # On a model without values first: an adapter that does not fit shows before the weights are read.
+        with torch.device("meta"):
+            sketch = WanDiT(read_dit_config(path)[0])
+        load_adapter(adapter_path, sketch, base_sha256=base, **fits)
     wanted = [lora for lora in loras if lora.serves(name)]
     dit = load_dit(path, dtype=dtype, loras=wanted)
     for lora in wanted:
         _log.info("merged %s into the %s-noise model, strength %g", lora.path, name, lora.strength)
     if adapter_path is None:
         return dit, None
-    if not is_adapter(adapter_path):
-        return dit, import_adapter(
-            adapter_path, dit, noise_expert=name, any_base=any_base, config_file=config_file
-        )
-    info, tensors = read_adapter(adapter_path)
-    if info.router.mode == "learned" and not has_router(tensors):
-        raise WanmoeError(
-            f"{adapter_path}: it says routing is learned, but holds no router; "
-            'train stage c from it, or set router.mode = "rule"'
-        )
-    base = None if any_base or not info.base_sha256 else dit_hash(path)
-    return dit, load_adapter(adapter_path, dit, noise_expert=name, base_sha256=base, any_base=any_base)
+    if ours:
+        return dit, load_adapter(adapter_path, dit, base_sha256=base, **fits)
+    more: dict[str, Any] = {"config_file": config_file, "fold_timestep": fold_timestep}
+    return dit, import_adapter(adapter_path, dit, **fits, **more)
 
 
 class PromptEncoder:
     """A text encoder that is in memory while prompts are encoded, and not while a video is made.
 
     `load` is called at once, so that a wrong path shows before any other file is read, and again when prompts
-    come that have no embedding yet.
+    come that have no embedding yet: `prepare` all of them together.
     """
 
     def __init__(self, load: Callable[[], TextEncoder]) -> None:
@@ -136,7 +145,7 @@ class PromptEncoder:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         if missing:
             encoder = self._encoder or self._load()
-            # One at a time: the embeddings of a prompt must not depend on what it is encoded with.
+            # One at a time: the embedding of a prompt must not depend on what it is encoded with.
             self._embeddings |= {prompt: encode_prompts(encoder, [prompt])[0] for prompt in missing}
         self._encoder = None
 
@@ -148,14 +157,16 @@ class PromptEncoder:
 def facts(
     paths: Mapping[str, Path],
     adapters: Mapping[str, Path],
-    hashes: Mapping[str, str],
+    hashes: Mapping[Path, str],
     loras: Sequence[LoRASpec],
 ) -> dict[str, str]:
     """What a written video says of the files it was made with."""
     return {
         "dit": ", ".join(f"{name} {path}" for name, path in paths.items()),
         "adapter": ", ".join(f"{name} {path}" for name, path in adapters.items()) or "none",
-        "adapter_sha256": ", ".join(f"{name} {digest}" for name, digest in hashes.items()) or "none",
-        "loras": ", ".join(f"{lora.path}:{lora.strength:g}:{lora.side or 'both'}" for lora in loras)
+        "adapter_sha256": ", ".join(f"{name} {hashes[path]}" for name, path in adapters.items()) or "none",
+        "loras": ", ".join(
+            f"{lora.path}:{lora.strength:g}:{lora.side or 'both'} {hashes[lora.path]}" for lora in loras
+        )
         or "none",
     }

@@ -31,20 +31,28 @@ class Needs(NamedTuple):
     """Activations of a step."""
     decode: int
     """Activations of the codec and the decoded video."""
+    codec: int
+    """Weights of the codec, which stay on the card."""
 
     @property
     def peak(self) -> float:
         """The larger phase, one side resident, and what CUDA takes."""
-        return self.weights + max(self.denoise, self.decode) + _CONTEXT
+        return self.weights + self.codec + max(self.denoise, self.decode) + _CONTEXT
 
 
 def needs(
-    config: WanConfig, weights: int, frames: int, size: tuple[int, int], clips: int, itemsize: int
+    config: WanConfig,
+    weights: int,
+    codec: int,
+    frames: int,
+    size: tuple[int, int],
+    clips: int,
+    itemsize: int,
 ) -> Needs:
     """Modelled, not measured: what generating one video takes.
 
     Args:
-        weights: bytes of one side.
+        weights, codec: bytes of one side, and of the codec.
         clips: of a forward; 2 where guidance runs both passes at once.
         itemsize: of the DiT's activations.
     """
@@ -53,4 +61,4 @@ def needs(
     live = (_LIVE + _NORM) * config.dim * itemsize
     pixels = size[0] * size[1]
     decoder = _DECODER_CHANNELS * _DECODER_LIVE * min(frames, _DECODER_FRAMES) * pixels * 4
-    return Needs(weights, clips * tokens * live, decoder + frames * 3 * pixels * 4)
+    return Needs(weights, clips * tokens * live, decoder + frames * 3 * pixels * 4, codec)

@@ -7,28 +7,28 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..moe_lora.adapter import Adapter
 from ..moe_lora.errors import WanmoeError
-from ..moe_lora.files import file_sha256
 from ..moe_lora.lora_merge import LoRASpec
 from ..moe_lora.video import read_image, to_frames, to_model, write_video
-from ..moe_lora.wan.clip import load_clip
+from ..moe_lora.wan.clip import CLIPImageEncoder, load_clip
 from ..moe_lora.wan.codec import CHANNELS, image_condition, latent_shape, load_vae
-from ..moe_lora.wan.sampling import TASK_DEFAULTS, sample
+from ..moe_lora.wan.sampling import sample
 from ..moe_lora.wan.text import load_text_encoder
-from ..moe_lora.wan.weights import read_dit_config
+from ..moe_lora.wan.weights import dit_hash, read_dit_config
 from .load import PathLike, PromptEncoder, adapter_paths, check_task, facts, load_model
 from .memory import Needs, needs
-from .request import check_size, checked_output
+from .request import Job, check_job, check_model, gates_picture, make_job
 from .route import Route, Wish, route
 from .side import Cast, Denoiser, Side
 from .timeline import EMA, draw_gates
@@ -45,20 +45,6 @@ NEGATIVE_PROMPT = (
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
     "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-
-
-class _Settings(NamedTuple):
-    """How a video is made, defaults filled in; JSON in the file's metadata."""
-
-    num_steps: int
-    guidance_scale: tuple[float, float]
-    """(low, high)."""
-    flow_shift: float
-    solver: str
-    negative_prompt: str
-    image: str | None
-    last_image: str | None
-    schedule: str | None
 
 
 class LoRAMoEInference:
@@ -88,6 +74,8 @@ class LoRAMoEInference:
             gates that are the same all over a clip.
         compiled: run the blocks through `torch.compile`.
         vae_tiling: encode and decode in tiles that overlap: less memory, a picture that differs a little.
+        fold_timestep: of a fork file, as in `import_adapter`.
+        prompts: what will be asked for, as `prepare` takes it; the text encoder is then read only once.
 
     Raises `WanmoeError` that names the file and what does not fit.
     """
@@ -113,28 +101,30 @@ class LoRAMoEInference:
         merged: bool = False,
         compiled: bool = False,
         vae_tiling: bool = False,
+        fold_timestep: bool = False,
+        prompts: Sequence[str | None] = (),
     ) -> None:
+        for name, alpha in (("alpha_base", alpha_base), ("alpha_expert", alpha_expert)):
+            if not math.isfinite(alpha):
+                raise WanmoeError(f"{name} {alpha} must be finite")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.alpha_base = alpha_base
         self.alpha_expert = alpha_expert
+        self._merged = merged
         paths = {"low": Path(dit_path)}
         if dit_high_noise_path is not None:
             paths["high"] = Path(dit_high_noise_path)
         adapters = adapter_paths(lora_moe_weights, "high" in paths, any_base)
         # Everything that is small is read before the DiTs, so that what is wrong shows at once.
-        configs = {name: read_dit_config(path)[0] for name, path in paths.items()}
         for name, path in paths.items():
-            check_task(task, configs[name].task, path)
-        self.config = configs["low"]
+            config = read_dit_config(path)[0]
+            check_task(task, config.task, path)
+            check_model(config, path)
+            if name == "low":
+                self.config = config
         _check_loras(loras, paths)
         self.codec = load_vae(vae_path, device=self.device, tile=_TILE if vae_tiling else None)
-        self.clip = None
-        if self.config.image_dim:
-            if clip_path is None:
-                raise WanmoeError(f"{dit_path}: a Wan2.1 i2v model needs clip_path (--clip)")
-            self.clip = load_clip(clip_path, device=self.device)
-        elif clip_path is not None:
-            _log.info("clip_path is not used: this model has no image encoder")
+        self.clip = self._load_clip(clip_path, paths["low"])
         self._text = PromptEncoder(
             partial(
                 load_text_encoder,
@@ -144,6 +134,8 @@ class LoRAMoEInference:
                 max_length=self.config.text_len,
             )
         )
+        # The text encoder is 11 GB: it is gone before the DiTs come.
+        self.prepare([*prompts, None])
         self.sides = {}
         for name, path in paths.items():
             model = load_model(
@@ -154,11 +146,17 @@ class LoRAMoEInference:
                 any_base=any_base,
                 loras=loras,
                 config_file=None if lora_moe_config_file is None else Path(lora_moe_config_file),
+                fold_timestep=fold_timestep,
             )
             one = len(paths) == 1 or self.device.type == "cpu"
-            self.sides[name] = Side(name, *model, self.device, resident=one, merged=merged, compiled=compiled)
+            side = Side(name, *model, self.device, resident=one, merged=merged, compiled=compiled)
+            if side.untrained:
+                names = ", ".join(side.untrained)
+                _log.warning("%s: never trained, so without effect: %s", adapters[name], names)
+            self.sides[name] = side
+        hashes = {file: dit_hash(file) for file in (*adapters.values(), *(lora.path for lora in loras))}
         self._facts = {
-            **facts(paths, adapters, {n: file_sha256(path) for n, path in adapters.items()}, loras),
+            **facts(paths, adapters, hashes, loras),
             "codec": self.codec.name + (" (stand-in)" if self.codec.stand_in else ""),
             "text_encoder": self._text.name + (" (stand-in)" if self._text.stand_in else ""),
         }
@@ -194,8 +192,8 @@ class LoRAMoEInference:
             image_path, last_image_path: first and last frame; an i2v model needs the first, t2v refuses both.
             num_frames: 4n + 1.
             video_size: height and width, multiples of 16.
-            num_steps, guidance_scale, flow_shift: None is the model's own (`TASK_DEFAULTS`). guidance_scale
-                is one value, or (low, high) for the two noise experts; 1 is no guidance.
+            num_steps, guidance_scale, flow_shift: None is the model's own (`sampling_defaults`).
+                guidance_scale is one value, or (low, high) for the two noise experts; 1 is no guidance.
             seed: None draws one and logs it.
             mix: weights of experts by name; goes before the hint, the learned router and the prompt's words.
             schedule: `0:Hook, 40:Suction`: the expert, or `40:Hook=0.6+Suction=0.4`, from a frame of the
@@ -208,31 +206,56 @@ class LoRAMoEInference:
 
         Raises `WanmoeError` that names the value and the nearest valid one.
         """
-        check_size(num_frames, video_size)
-        output = None if output_path is None else checked_output(Path(output_path))
-        settings = self._settings(
-            num_steps,
-            guidance_scale,
-            flow_shift,
-            solver,
-            negative_prompt,
-            image_path,
-            last_image_path,
-            schedule,
+        job = make_job(
+            self.config,
+            len(self.sides) > 1,
+            prompt=prompt,
+            wish=Wish(instrument_hint, mix, schedule, ema),
+            num_frames=num_frames,
+            video_size=video_size,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            flow_shift=flow_shift,
+            solver=solver,
+            seed=secrets.randbelow(2**31) if seed is None else seed,
+            negative_prompt=self._negative() if negative_prompt is None else negative_prompt,
+            image_path=image_path,
+            last_image_path=last_image_path,
+            output_path=output_path,
         )
-        wish = Wish(instrument_hint, mix, schedule, ema)
-        self._text.prepare([prompt, settings.negative_prompt])
-        routes = self._routes(prompt, wish, num_frames)
-        image_latent, image_context = self._pictures(image_path, last_image_path, num_frames, video_size)
-        shape = latent_shape(num_frames, *video_size)
-        batched = self._plan(num_frames, video_size, settings)
-        seed = secrets.randbelow(2**31) if seed is None else seed
-        _log.info("seed %d", seed)
-        noise = torch.randn(1, CHANNELS, *shape, generator=torch.Generator().manual_seed(seed))
-        names = _common_experts(routes)
-        cast, start = Cast(len(names)), time.perf_counter()
+        experts = {name: adapter.experts for name, adapter in self._adapters().items()}
+        check_job(job, self.config, experts, self._merged)
+        self._text.prepare([prompt, job.negative_prompt])
+        routes = self._routes(prompt, job.wish, job.frames)
+        cast = Cast(len(next(iter(experts.values()), ())))
+        _log.info("seed %d", job.seed)
+        start = time.perf_counter()
+        frames = self._run(job, routes, cast, progress)
+        _log.info("%d frames in %.1f s", job.frames, time.perf_counter() - start)
+        if job.output is not None:
+            write_video(job.output, frames, FPS, self._metadata(job, routes, cast))
+            _log.info("wrote %s", job.output)
+            if routes:
+                names = next(iter(experts.values())).names
+                picture = gates_picture(job.output)
+                draw_gates(picture, cast.records, names, job.frames, job.output.name)
+                _log.info("wrote %s, its gates over steps and frames", picture)
+        return frames
+
+    def _run(
+        self,
+        job: Job,
+        routes: Mapping[str, Route],
+        cast: Cast,
+        progress: Callable[[int, int, str], None] | None,
+    ) -> Tensor:
+        """uint8 frames [F, H, W, 3] of a job."""
+        assert job.seed is not None
+        shape = latent_shape(job.frames, *job.size)
+        image_latent, image_context = self._pictures(job)
+        noise = torch.randn(1, CHANNELS, *shape, generator=torch.Generator().manual_seed(job.seed))
         denoisers = self._denoisers(cast, routes, shape)
-        context, null_context = ([self._text[p].to(self.device)] for p in (prompt, settings.negative_prompt))
+        context, null_context = ([self._text[p].to(self.device)] for p in (job.prompt, job.negative_prompt))
         try:
             latent = sample(
                 denoisers.get("high", denoisers["low"]),
@@ -240,33 +263,26 @@ class LoRAMoEInference:
                 noise.to(self.device),
                 context,
                 null_context,
-                steps=settings.num_steps,
-                shift=settings.flow_shift,
-                solver=settings.solver,
+                steps=job.steps,
+                shift=job.shift,
+                solver=job.solver,
                 boundary=self.config.boundary,
-                guidance=settings.guidance_scale,
+                guidance=job.guidance,
                 image_latent=image_latent,
                 image_context=image_context,
-                batched=batched,
-                progress=None if progress is None else self._in_words(progress, cast, names),
+                batched=self._fits_batched(job),
+                progress=self._counted(progress, cast, routes),
             )
         finally:
             cast.clear()
         with torch.no_grad():
-            frames = to_frames(self.codec.decode(latent)[0])
-        _log.info("%d frames in %.1f s", num_frames, time.perf_counter() - start)
-        if output is not None:
-            write_video(output, frames, FPS, self._metadata(prompt, seed, routes, settings, cast))
-            _log.info("wrote %s", output)
-            if names:
-                picture = output.with_suffix(".gates.png")
-                draw_gates(picture, cast.records, names, num_frames, output.name)
-                _log.info("wrote %s, its gates over steps and frames", picture)
-        return frames
+            return to_frames(self.codec.decode(latent)[0])
 
     def prepare(self, prompts: Sequence[str | None]) -> None:
-        """Encodes prompts ahead, so that the text encoder is read once for all of them; None is the negative
-        prompt that `generate` takes by default."""
+        """Encodes prompts ahead, so that the text encoder is read once for all of them.
+
+        None is the negative prompt that `generate` takes by default.
+        """
         self._text.prepare([self._negative() if prompt is None else prompt for prompt in prompts])
 
     def route(
@@ -283,67 +299,45 @@ class LoRAMoEInference:
         the prompt, the adapter's fallback expert. Raises `WanmoeError` on a name that no expert has.
         """
         self._text.prepare([prompt])
-        return self._routes(prompt, Wish(instrument_hint, mix, schedule), num_frames)
+        wish = Wish(instrument_hint, mix, schedule)
+        if wish and not self._adapters():
+            raise WanmoeError("a hint, a mix or a schedule was given, but no adapter: give lora_moe_weights")
+        return self._routes(prompt, wish, num_frames)
+
+    def _adapters(self) -> dict[str, Adapter]:
+        return {name: side.adapter for name, side in self.sides.items() if side.adapter is not None}
 
     def _routes(self, prompt: str, wish: Wish, num_frames: int) -> dict[str, Route]:
-        adapters = {name: side.adapter for name, side in self.sides.items() if side.adapter is not None}
-        if wish and not adapters:
-            raise WanmoeError("a hint, a mix or a schedule was given, but no adapter: give lora_moe_weights")
-        if wish.schedule and any(side.merged for side in self.sides.values()):
-            raise WanmoeError(
-                "merged weights hold one mix of experts, a schedule changes it along the clip; leave one out"
-            )
         return {
             name: route(adapter, lambda: self._text[prompt], prompt, wish, num_frames)
-            for name, adapter in adapters.items()
+            for name, adapter in self._adapters().items()
         }
-
-    def _settings(
-        self,
-        num_steps: int | None,
-        guidance: float | tuple[float, float] | None,
-        flow_shift: float | None,
-        solver: str,
-        negative_prompt: str | None,
-        image: PathLike | None,
-        last_image: PathLike | None,
-        schedule: str | None,
-    ) -> _Settings:
-        own = TASK_DEFAULTS[self.config.task]
-        scale = own.guidance if guidance is None else guidance
-        low, high = scale if isinstance(scale, tuple) else (scale, scale)
-        return _Settings(
-            own.steps if num_steps is None else num_steps,
-            (float(low), float(high)),
-            own.shift if flow_shift is None else flow_shift,
-            "euler" if solver == "vanilla" else solver,
-            self._negative() if negative_prompt is None else negative_prompt,
-            None if image is None else str(image),
-            None if last_image is None else str(last_image),
-            schedule,
-        )
 
     def _negative(self) -> str:
         return "" if self._text.stand_in else NEGATIVE_PROMPT
 
-    def _plan(self, frames: int, size: tuple[int, int], settings: _Settings) -> bool:
+    def _fits_batched(self, job: Job) -> bool:
         """Says what the card has to hold; True where both passes of guidance fit in one forward on it."""
         if self.device.type != "cuda":
             return False
         parameters = [p for side in self.sides.values() for p in side.dit.parameters()]
         weights = sum(p.numel() * p.itemsize for p in parameters) // len(self.sides)
-        free, total = torch.cuda.mem_get_info(self.device)
+        codec = sum(p.numel() * p.itemsize for p in getattr(self.codec, "parameters", tuple)())
         one, two = (
-            needs(self.config, weights, frames, size, clips, parameters[0].itemsize) for clips in (1, 2)
+            needs(self.config, weights, codec, job.frames, job.size, clips, parameters[0].itemsize)
+            for clips in (1, 2)
         )
-        _log.info("%s of %.0f GB, %.0f GB free", _in_words(one), total / 1e9, free / 1e9)
-        if one.peak > total:
+        free, total = torch.cuda.mem_get_info(self.device)
+        # What torch keeps for itself is free for it.
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        there = codec + (weights if len(self.sides) == 1 else 0)
+        _log.info("%s; %.1f of %.0f GB are free", _in_words(one), (free + there) / 1e9, total / 1e9)
+        if one.peak - there > free:
             raise WanmoeError(
-                f"{_in_words(one)}, the card has {total / 1e9:.0f} GB; use a larger card, "
-                "--dtype bf16, or fewer or smaller frames"
+                f"{_in_words(one)}, but {(free + there) / 1e9:.1f} of {total / 1e9:.0f} GB are free; use a "
+                "larger card, --dtype bf16, --vae_tiling, or fewer or smaller frames"
             )
-        resident = weights if len(self.sides) == 1 else 0
-        return two.peak - resident < free and settings.guidance_scale != (1.0, 1.0)
+        return two.peak - there < free and job.guidance != (1.0, 1.0)
 
     def _denoisers(
         self, cast: Cast, routes: Mapping[str, Route], shape: tuple[int, int, int]
@@ -359,21 +353,25 @@ class LoRAMoEInference:
             _log.info("%s noise: %s", name, words)
         return denoisers
 
-    def _in_words(
-        self, progress: Callable[[int, int, str], None], cast: Cast, names: Sequence[str]
+    def _counted(
+        self,
+        progress: Callable[[int, int, str], None] | None,
+        cast: Cast,
+        routes: Mapping[str, Route],
     ) -> Callable[[int, int, str], None]:
-        """`progress` as `sample` calls it; the words say which side ran and which experts acted in it."""
+        """`progress` as `sample` calls it: counts the steps, and says which side and experts acted."""
+        names = list(next(iter(routes.values())).gates) if routes else []
 
         def call(step: int, steps: int, side: str) -> None:
             acting = cast.records[-1].gates.any(0).tolist()
+            cast.step = step + 1
             words = " + ".join(name for name, acts in zip(names, acting, strict=True) if acts) or "no expert"
-            progress(step, steps, f"{side} noise, {words}" if len(self.sides) > 1 else words)
+            if progress is not None:
+                progress(step, steps, f"{side} noise, {words}" if len(self.sides) > 1 else words)
 
         return call
 
-    def _metadata(
-        self, prompt: str, seed: int, routes: Mapping[str, Route], settings: _Settings, cast: Cast
-    ) -> dict[str, str]:
+    def _metadata(self, job: Job, routes: Mapping[str, Route], cast: Cast) -> dict[str, str]:
         """What a written file says of its making."""
         gates = {
             name: {
@@ -383,47 +381,53 @@ class LoRAMoEInference:
             }
             for name, chosen in routes.items()
         }
-        more: dict[str, Any] = {"alpha_base": self.alpha_base, "alpha_expert": self.alpha_expert}
-        if cast.errors:
-            more["merged_error"] = cast.errors
+        side = self.sides["low"]
+        settings = {
+            "num_steps": job.steps,
+            "guidance_scale": job.guidance,
+            "flow_shift": job.shift,
+            "solver": job.solver,
+            "negative_prompt": job.negative_prompt,
+            "image": None if job.first is None else str(job.first),
+            "last_image": None if job.last is None else str(job.last),
+            "schedule": job.wish.schedule,
+            "ema": job.wish.ema,
+            "alpha_base": self.alpha_base,
+            "alpha_expert": self.alpha_expert,
+            "dtype": str(side.dit.head.head.weight.dtype).removeprefix("torch."),
+            "merged_error": cast.errors if self._merged else None,
+            "untrained": {name: side.untrained for name, side in self.sides.items() if side.untrained},
+        }
         return {
-            "prompt": prompt,
-            "seed": str(seed),
+            "prompt": job.prompt,
+            "seed": str(job.seed),
             "gates": json.dumps(gates, ensure_ascii=False),
-            "settings": json.dumps(settings._asdict() | more, ensure_ascii=False),
+            "settings": json.dumps(settings, ensure_ascii=False),
             **self._facts,
         }
 
-    def _pictures(
-        self, first: PathLike | None, last: PathLike | None, frames: int, size: tuple[int, int]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(image latent, CLIP tokens) of the given frames."""
-        if self.config.task != "i2v":
-            if first is not None or last is not None:
-                raise WanmoeError(
-                    f"image_path {first or last}: a {self.config.task} model takes no image; leave it out"
-                )
+    def _load_clip(self, path: PathLike | None, dit: Path) -> CLIPImageEncoder | None:
+        if not self.config.image_dim:
+            if path is not None:
+                _log.info("clip_path is not used: this model has no image encoder")
+            return None
+        if path is None:
+            raise WanmoeError(f"{dit}: a Wan2.1 i2v model needs clip_path (--clip)")
+        return load_clip(path)
+
+    def _pictures(self, job: Job) -> tuple[Tensor | None, Tensor | None]:
+        """(image latent, CLIP tokens) of the given frames; CLIP sees the pictures whole, as in Wan2.1."""
+        files = [path for path in (job.first, job.last) if path is not None]
+        if not files:
             return None, None
-        if first is None:
-            raise WanmoeError("an i2v model needs image_path, the first frame of the clip")
-        pictures = [
-            to_model(read_image(path, size)[None])[:, 0].to(self.device)
-            for path in (first, last)
-            if path is not None
-        ]
+        cut = [to_model(read_image(path, job.size)[None])[:, 0].to(self.device) for path in files]
         tokens = None
         if self.clip is not None:
-            tokens = self.clip(torch.stack(pictures)).flatten(0, 1)[None]
-        return image_condition(self.codec, pictures[0], frames, *pictures[1:]), tokens
-
-
-def _common_experts(routes: Mapping[str, Route]) -> list[str]:
-    """Names of the experts; two adapters that differ in them cannot take part in one request."""
-    sets = {tuple(chosen.gates) for chosen in routes.values()}
-    if len(sets) > 1:
-        low, high = (", ".join(names) for names in sorted(sets))
-        raise WanmoeError(f"the adapters of the two sides have different experts: {low} and {high}")
-    return list(next(iter(sets), ()))
+            self.clip.to(self.device)
+            whole = [to_model(read_image(path)[None])[:, 0].to(self.device) for path in files]
+            tokens = torch.cat([self.clip(picture[None]) for picture in whole], dim=1)
+            self.clip.to("cpu")
+        return image_condition(self.codec, cut[0], job.frames, *cut[1:]), tokens
 
 
 def _check_loras(loras: Sequence[LoRASpec], sides: Iterable[str]) -> None:

@@ -49,8 +49,13 @@ class Side:
         self.device = device
         self.merged = merged and adapter is not None
         self._host: list[Tensor] | None = None if resident else [t.data for t in self._tensors()]
+        # Frozen weights of the adapted linears, in host memory, of which merging makes others.
         self._plain: dict[str, Tensor] = {}
+        if adapter is not None and not resident:
+            self._plain = {name: linear.weight.data for name, linear in adapter.modules.items()}
+        self._dirty = False
         self._merged_for: tuple[float, ...] | None = None
+        self.untrained = () if adapter is None else untrained_experts(adapter)
         if resident:
             dit.to(device)
         if compiled:
@@ -68,33 +73,30 @@ class Side:
         if self._host is not None:
             for tensor, host in zip(self._tensors(), self._host, strict=True):
                 tensor.data = host
-            self._merged_for = None
+            self._dirty, self._merged_for = False, None
 
-    def merge(self, base: float, experts: Sequence[float]) -> bool:
-        """Puts W + dW of these gates in place of W; False if they are there already."""
+    def merge(self, base: float, experts: Sequence[float]) -> None:
+        """Puts W + dW of these gates in place of W, where they are not there already."""
         assert self.adapter is not None
         wanted = (base, *experts)
         if self._merged_for == wanted:
-            return False
+            return
+        # Said before the first change: what fails half-way is neither these weights nor those of before.
+        self._dirty, self._merged_for = True, None
         for name, linear in self.adapter.modules.items():
-            plain = self._plain_weight(name).to(linear.base_up.device)
+            if name not in self._plain:  # on A14B the adapted linears are 3.8 GB in bf16
+                self._plain[name] = linear.weight.data.cpu()
+            plain = self._plain[name].to(linear.base_up.device)
             linear.weight.data = (plain.float() + linear.delta(base, experts)).to(plain.dtype)
         self._merged_for = wanted
-        return True
 
     def unmerge(self) -> None:
         """Puts the frozen weights back, to the bit."""
-        if self._merged_for is not None and self.adapter is not None:
-            for name, linear in self.adapter.modules.items():
-                linear.weight.data = self._plain_weight(name).to(linear.base_up.device)
-            self._merged_for = None
-
-    def _plain_weight(self, name: str) -> Tensor:
-        """The frozen weight, kept in host memory: on A14B the adapted linears are 3.8 GB in bf16."""
-        assert self.adapter is not None
-        if name not in self._plain:
-            self._plain[name] = self.adapter.modules[name].weight.data.cpu()
-        return self._plain[name]
+        if self._dirty and self.adapter is not None:
+            for name, plain in self._plain.items():
+                linear = self.adapter.modules[name]
+                linear.weight.data = plain.to(linear.base_up.device)
+            self._dirty, self._merged_for = False, None
 
     def _copy(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)
@@ -102,6 +104,15 @@ class Side:
     def _tensors(self) -> Iterator[Tensor]:
         yield from self.dit.parameters()
         yield from self.dit.buffers()
+
+
+def untrained_experts(adapter: Adapter) -> tuple[str, ...]:
+    """Names of the experts whose up projections are all zero: they change nothing."""
+    ups = [linear.expert_up for linear in adapter.modules.values() if linear.experts]
+    trained = torch.stack([up.flatten(1).any(1) for up in ups]).any(0).tolist()
+    return tuple(
+        name for name, any_value in zip(adapter.experts.names, trained, strict=True) if not any_value
+    )
 
 
 class Cast:
@@ -112,6 +123,8 @@ class Cast:
 
     def __init__(self, experts: int) -> None:
         self._silent = torch.zeros(1, experts)
+        self.step = 1
+        """The one that runs, counted from 1; the caller counts it on."""
         self.records: list[GateRecord] = []
         self.errors: dict[str, float] = {}
         """Relative error of v with merged weights, by side and gates."""
@@ -121,8 +134,8 @@ class Cast:
         """Makes `side` the one that is on the device."""
         if self._on is not side:
             self.clear()
+            self._on = side  # before it enters, so that a failure half-way is cleared too
             side.enter()
-            self._on = side
 
     def clear(self) -> None:
         """Takes whichever side is on the device off it."""
@@ -132,9 +145,9 @@ class Cast:
 
     def note(self, side: str, t: float, gates: Tensor | None) -> None:
         """Records a step; the second pass of guidance is the same step."""
-        if not self.records or (self.records[-1].side, self.records[-1].t) != (side, t):
+        if not self.records or self.records[-1].step != self.step:
             kept = self._silent if gates is None else gates.detach().float().cpu()
-            self.records.append(GateRecord(len(self.records) + 1, side, t, kept))
+            self.records.append(GateRecord(self.step, side, t, kept))
 
 
 class Denoiser:
@@ -196,7 +209,7 @@ class Denoiser:
         conditions: tuple[Tensor | Sequence[Tensor], Tensor | None, Tensor | None],
     ) -> Tensor:
         """With merged weights; the first call under new gates is made both ways, to say what that costs."""
-        label = f"{self.side.name} noise, gates {', '.join(f'{gate:.2f}' for gate in experts)}"
+        label = f"{self.side.name} noise, gates {', '.join(f'{gate:.3g}' for gate in experts)}"
         exact = None
         if label not in self.cast.errors:
             self.side.unmerge()
@@ -204,7 +217,7 @@ class Denoiser:
         self.side.merge(self.alphas["alpha_base"], experts)
         v = self._run(x, t, None, conditions)
         if exact is not None:
-            error = float((v - exact).norm() / exact.norm())
+            error = float((v - exact).norm() / exact.norm().clamp_min(1e-30))
             self.cast.errors[label] = error
             _log.info("merged weights (%s): v differs from the exact adapter by %.1e", label, error)
         return v

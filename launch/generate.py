@@ -50,8 +50,15 @@ def generate(
         list[Path] | None, typer.Option(help="Adapter file; twice for low and high noise, in this order.")
     ] = None,
     lora_moe_config_file: Annotated[
-        Path | None, typer.Option(help="Config of a file of the seed's fork that does not carry its own.")
+        Path | None,
+        typer.Option(
+            envvar="LORA_MOE_CONFIG_FILE",
+            help="Config of a file of the seed's fork that does not carry its own.",
+        ),
     ] = None,
+    fold_timestep: Annotated[
+        bool, typer.Option(help="Keep the fork's constant timestep factor 0.7876 instead of our bands.")
+    ] = False,
     lora: Annotated[
         list[str] | None,
         typer.Option(help="FILE[:STRENGTH][:high|low] of a LoRA to merge into the base; several times."),
@@ -77,7 +84,9 @@ def generate(
     guidance_scale_high_noise: Annotated[
         float | None, typer.Option(help="Of the high-noise steps. Default: as --guidance-scale.")
     ] = None,
-    flow_shift: Annotated[float | None, typer.Option(help="Default: the model's (t2v 12, i2v 5).")] = None,
+    flow_shift: Annotated[
+        float | None, typer.Option(help="Default: the model's (Wan2.2 t2v 12, i2v 5).")
+    ] = None,
     solver: Annotated[
         str, typer.Option("--solver", "--sample-solver", help="unipc, dpm++ or euler.")
     ] = "unipc",
@@ -101,8 +110,6 @@ def generate(
     the prompt."""
     from ..infer import LoRAMoEInference
     from ..infer.prompts import Request, read_prompts
-    from ..infer.request import check_request
-    from ..infer.route import Wish
     from ..moe_lora.lora_merge import LoRASpec
 
     logging.basicConfig(format="%(message)s")
@@ -133,26 +140,19 @@ def generate(
         "guidance_scale": guidance,
         "flow_shift": flow_shift,
     }
+    if prompt is not None and not prompt.strip():
+        raise WanmoeError("--prompt is empty; say what to show")
     listed = [Request(prompt=prompt)] if prompt is not None else read_prompts(Path(str(prompts)))
     requests = [_filled(request, own, number, len(listed)) for number, request in enumerate(listed, 1)]
-    # Before any weights are read: with the real model that takes minutes.
-    for request in requests:
-        check_request(
-            request["num_frames"],
-            request["video_size"],
-            request["output_path"],
-            (request["image_path"], request["last_image_path"]),
-            lora_moe_weights or [],
-            lora_moe_config_file,
-            Wish(request["instrument_hint"], request["mix"], request["schedule"], ema),
-        )
-    adapters: list[Path | None] = [*lora_moe_weights] if lora_moe_weights else [None]
+    adapters = lora_moe_weights or []
+    _check(requests, parts, adapters, lora_moe_config_file, solver, ema, merged)
+    pair: list[Path | None] = [*adapters] or [None]
     pipeline = LoRAMoEInference(
         task,
         parts.dit,
         vae_path=parts.vae,
         t5_path=parts.text,
-        lora_moe_weights=adapters[0] if len(adapters) == 1 else (adapters[0], adapters[1]),
+        lora_moe_weights=pair[0] if len(pair) == 1 else (pair[0], pair[1]),
         dit_high_noise_path=parts.dit_high_noise,
         clip_path=parts.clip,
         lora_moe_config_file=lora_moe_config_file,
@@ -166,13 +166,44 @@ def generate(
         merged=merged,
         compiled=compiled,
         vae_tiling=vae_tiling,
-    )
-    pipeline.prepare(
-        [text for request in requests for text in (request["prompt"], request["negative_prompt"])]
+        fold_timestep=fold_timestep,
+        prompts=[request[key] for request in requests for key in ("prompt", "negative_prompt")],
     )
     for number, request in enumerate(requests, 1):
         label = "generate" if len(requests) == 1 else f"{number} of {len(requests)}"
         _run(pipeline, request | {"solver": solver, "ema": ema}, label)
+
+
+def _check(
+    requests: list[dict[str, Any]],
+    parts: _Parts,
+    adapters: list[Path],
+    config_file: Path | None,
+    solver: str,
+    ema: float,
+    merged: bool,
+) -> None:
+    """Every request, before any weights are read: with the real model that takes minutes."""
+    from ..infer.load import experts_of
+    from ..infer.request import check_job, make_job
+    from ..infer.route import Wish
+    from ..moe_lora.wan.weights import read_dit_config
+
+    config = read_dit_config(parts.dit)[0]
+    sides = ("low", "high") if len(adapters) > 1 else ("low",)
+    experts = {side: experts_of(path, config_file) for side, path in zip(sides, adapters, strict=False)}
+    for request in requests:
+        wish = Wish(request["instrument_hint"], request["mix"], request["schedule"], ema)
+        rest = {
+            key: value for key, value in request.items() if key not in ("instrument_hint", "mix", "schedule")
+        }
+        rest["negative_prompt"] = rest["negative_prompt"] or ""
+        job = make_job(config, parts.dit_high_noise is not None, wish=wish, solver=solver, **rest)
+        check_job(job, config, experts, merged)
+    outputs = [request["output_path"].resolve() for request in requests]
+    for path in outputs:
+        if outputs.count(path) > 1:
+            raise WanmoeError(f"two of the prompts write {path}; give one of them another output_path")
 
 
 def _run(pipeline: Any, request: dict[str, Any], label: str) -> None:
@@ -222,8 +253,6 @@ def _parts(model: Path | None, given: Mapping[str, Path | None]) -> _Parts:
     from ..moe_lora.wan.model_folder import find_parts
 
     found = {} if model is None else find_parts(model)._asdict()
-    if given["dit"] is not None:
-        found.pop("dit_high_noise", None)  # a DiT by name is not one half of the folder's pair
     parts: dict[str, Any] = {
         name: path if path is not None else found.get(name) for name, path in given.items()
     }

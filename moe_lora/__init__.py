@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 from .adapter import Adapter, AdapterConfig, attach
 from .adapter_file import load_adapter, save_adapter
 from .errors import WanmoeError
+from .export import export_lora, export_merged
 from .instruments import CHOLEC, SURGICAL, Expert, ExpertSet
-from .interop import export_lora, export_merged, import_adapter
+from .interop import import_adapter
 from .routing import Gates, RouterConfig
 from .wan.clip import load_clip
 from .wan.codec import load_vae

@@ -239,9 +239,8 @@ class Adapter:
         chosen = self.parameters(parts)
         # A frozen base before the first expert runs without a graph too.
         trains_base = any(name.endswith("base_down") for name in chosen)
-        self.dit.freeze_prefix(
-            _first_block(name for name, module in self.modules.items() if trains_base or module.experts)
-        )
+        first = _first_block(name for name, module in self.modules.items() if trains_base or module.experts)
+        self.dit.freeze_prefix(first, adapted=first > _first_block(self.modules))
         for parameter in chosen.values():
             parameter.requires_grad_(True)
         return chosen

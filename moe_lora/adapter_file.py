@@ -89,7 +89,17 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 
 
 def read_adapter(path: str | Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
-    """Reads an adapter file: its description and its tensors by name.
+    """Reads an adapter file: its description and its tensors by name; raises as `read_adapter_info` does."""
+    info = read_adapter_info(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return info, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise WanmoeError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def read_adapter_info(path: str | Path) -> AdapterInfo:
+    """Reads the description of an adapter file, from its header alone.
 
     Raises:
         WanmoeError: not there, cut short, not an adapter, or of another format.
@@ -98,7 +108,6 @@ def read_adapter(path: str | Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise WanmoeError(f"{path}: not a readable safetensors file ({error})") from error
     if metadata.get("format") != FORMAT:
@@ -108,10 +117,12 @@ def read_adapter(path: str | Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
         )
     try:
         info: Any = json.loads(metadata.get("info", "{}"))
-        return AdapterInfo.model_validate(info), tensors
-    except (json.JSONDecodeError, ValidationError) as error:
-        first = str(error).replace("\n", " ")
-        raise WanmoeError(f"{path}: its description is damaged: {first}") from error
+        return AdapterInfo.model_validate(info)
+    except json.JSONDecodeError as error:
+        raise WanmoeError(f"{path}: its description is damaged: it is not JSON ({error})") from error
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg']}" for fault in error.errors())
+        raise WanmoeError(f"{path}: its description is damaged: {'; '.join(faults)}") from error
 
 
 def load_adapter(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .errors import WanmoeError
 from .instruments import ExpertSet, known_experts
-from .lora_file import noise_expert_of_name
+from .lora_file import noise_expert_of_name, stated_noise_expert
 from .wan.config import WanConfig
 from .wan.weight_files import StoredTensor, open_weights
 
@@ -42,7 +42,7 @@ _MODULE_NAME = re.compile(
 )
 _ATTENTION = {"attn1": "self_attn", "attn2": "cross_attn"}
 _FFN = {"fc1": "ffn.0", "fc2": "ffn.2"}
-_LAST_N = re.compile(r"^last_(\d+)$")
+_LAST_N = re.compile(r"^last_([1-9]\d*)$")
 _LISTED = 4
 """Names that an error lists."""
 
@@ -67,6 +67,7 @@ class ForkFile(NamedTuple):
     """The file, as errors name it."""
     expert_names: tuple[str, ...]
     alpha: float
+    """nan where nothing says it, which `survey_fork` alone accepts."""
     linears: dict[str, ForkLinear]
     """By original name (`blocks.32.self_attn.q`), in the order of the file's modules."""
     untrained: tuple[str, ...]
@@ -86,7 +87,7 @@ def is_fork(path: str | Path) -> bool:
     return any(_KEY.match(name) for name in tensors)
 
 
-def read_fork(path: str | Path, config_file: Path | None = None) -> ForkFile:
+def read_fork(path: str | Path, config_file: Path | None = None, noise_expert: str | None = None) -> ForkFile:
     """Reads a LoRA-MoE file of the fork: safetensors, or its nested torch.save variant.
 
     Its copies of frozen weights are never read; they, the timestep gates and the router are left out, and
@@ -94,6 +95,7 @@ def read_fork(path: str | Path, config_file: Path | None = None) -> ForkFile:
 
     Args:
         config_file: the fork's YAML, TOML or JSON; what it says counts where the file itself says nothing.
+        noise_expert: what the file is for, whatever it says itself.
 
     Raises:
         WanmoeError: not such a file, or names, ranks or experts that are missing or disagree.
@@ -107,29 +109,54 @@ def read_fork(path: str | Path, config_file: Path | None = None) -> ForkFile:
     modules, dropped = _split(tensors, path)
     names, notes = _module_names(modules, config, path)
     experts = _experts(modules, names, config, path)
-    linears = {name: _linear(modules[index], name, path) for index, name in enumerate(names)}
-    notes = [*_dropped_notes(dropped), *notes, *_rank_notes(linears, config)]
-    untrained = tuple(
-        expert
-        for index, expert in enumerate(experts)
-        if not any(linear.expert_up[index].any() for linear in linears.values())
-    )
-    notes += [f"expert {expert!r} is all zero: it was never trained" for expert in untrained]
-    ups = [linear.base_up for linear in linears.values() if linear.base_up is not None]
-    if ups and not any(up.any() for up in ups):
-        notes.append("the base adapter is all zero: it was never trained")
     alpha = config.get("alpha", config.get("lora_alpha"))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise WanmoeError(
             f"{path}: its config says alpha = {alpha!r}, which must be a number above 0; "
             "give the fork's config file with lora_alpha"
         )
-    side = (
-        config["noise_expert"]
-        if config.get("noise_expert") in ("high", "low")
-        else noise_expert_of_name(path)
+    if noise_expert is None and config.get("noise_expert"):
+        noise_expert = stated_noise_expert(config["noise_expert"], path)
+    linears = {name: _linear(modules[index], name, path) for index, name in enumerate(names)}
+    notes = [*_dropped_notes(dropped), *notes, *_rank_notes(linears, config)]
+    return _described(path, experts, float(alpha), linears, notes, noise_expert)
+
+
+def survey_fork(path: str | Path) -> ForkFile:
+    """What the tensors of a LoRA-MoE file of the fork show by themselves, for a report on it.
+
+    Linears are called lora_moe_0, ..., as in the file, experts by their number; alpha is not known. Raises
+    WanmoeError where modules or experts are missing or disagree.
+    """
+    path = Path(path)
+    modules, dropped = _split(_open(path)[0], path)
+    names = [f"lora_moe_{index}" for index in sorted(modules)]
+    count = sum(part.startswith("expert_lora_up.") for part in modules[0])
+    experts = _experts(modules, names, {"expert_names": [f"expert {e}" for e in range(count)]}, path)
+    linears = {name: _linear(modules[index], name, path) for index, name in enumerate(names)}
+    return _described(path, experts, math.nan, linears, _dropped_notes(dropped), None)
+
+
+def _described(
+    path: Path,
+    experts: tuple[str, ...],
+    alpha: float,
+    linears: dict[str, ForkLinear],
+    notes: list[str],
+    noise_expert: str | None,
+) -> ForkFile:
+    """The file, with what its values show: parts that are all zero."""
+    untrained = tuple(
+        expert
+        for index, expert in enumerate(experts)
+        if not any(linear.expert_up[index].any() for linear in linears.values())
     )
-    return ForkFile(str(path), experts, float(alpha), linears, untrained, tuple(notes), side)
+    notes = notes + [f"expert {expert!r} is all zero: it was never trained" for expert in untrained]
+    ups = [linear.base_up for linear in linears.values() if linear.base_up is not None]
+    if ups and not any(up.any() for up in ups):
+        notes.append("the base adapter is all zero: it was never trained")
+    side = noise_expert or noise_expert_of_name(path)
+    return ForkFile(str(path), experts, alpha, linears, untrained, tuple(notes), side)
 
 
 def _open(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
@@ -252,9 +279,9 @@ def _blocks(
     for key in ("target_block_indices", "target_blocks"):
         value = config.get(key)
         if isinstance(value, str) and (last := _LAST_N.match(value)):
-            width = modules[0]["expert_lora_down.0.weight"].shape[-1]
+            width = next((part.shape[-1] for name, part in modules[0].items() if "_down." in name), None)
             layers = {size.dim: size.num_layers for size in map(WanConfig.preset, ("t2v-A14B", "t2v-1.3B"))}
-            if width in layers:
+            if width is not None and width in layers:
                 return list(range(layers[width] - int(last[1]), layers[width])), f"{key} = {value!r}"
         elif isinstance(value, str) and re.fullmatch(r"\[[\d\s,]*\]", value):
             value = [int(block) for block in re.findall(r"\d+", value)]

@@ -1,38 +1,33 @@
-"""Adapters to and from the tools that users have: any known file attached to a DiT, and ours as plain LoRAs.
+"""Any known adapter file attached to a DiT: ours, the seed fork's, or a plain LoRA as its base.
 
 Letters: E experts, r rank. dW is what a file adds to the weight of one linear.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .adapter import Adapter, AdapterConfig, LoRAMoELinear, attach
-from .adapter_file import AdapterInfo, is_adapter, load_adapter, read_adapter
+from .adapter_file import is_adapter, load_adapter
 from .errors import WanmoeError
-from .files import file_sha256
 from .fork_file import ForkFile, is_fork, read_fork
 from .instruments import known_experts
-from .lora_file import Delta, LoRAFile, read_lora, write_lora
-from .lora_merge import LoRAMerge
-from .low_rank import concatenate, truncate
+from .lora_file import LoRAFile, image_layers, read_lora
+from .low_rank import check_finite, relative_error, truncate
 from .routing import RouterConfig
-from .wan.weights import load_dit, save_dit
 
 if TYPE_CHECKING:
     from .wan.dit import WanDiT
 
-__all__ = ["ExportReport", "export_lora", "export_merged", "import_adapter"]
+__all__ = ["import_adapter"]
 
 Device: TypeAlias = str | torch.device | None
 
@@ -67,7 +62,8 @@ def import_adapter(
         noise_expert: "high", "low" or "both", what `dit` serves; a file of one side goes to that side alone.
         fold_timestep: multiply the fork's experts by the constant that its timestep gate was (0.7876), and
             switch our bands over t off: what the fork computed. Otherwise the bands take the gate's place.
-        any_base: load in spite of another noise expert; for our files also another task or base.
+        any_base: load in spite of another noise expert, or of one that is none; for our files also another
+            task or base.
         config_file: the fork's config file, for files of it whose metadata says too little.
         device: where a foreign file's adapter lies, by default beside the linears; lets `dit` be on the meta
             device, for a conversion that never reads the model.
@@ -79,17 +75,24 @@ def import_adapter(
     if is_adapter(path):
         return load_adapter(path, dit, noise_expert=noise_expert, any_base=any_base)
     if is_fork(path):
-        fork = read_fork(path, config_file)
+        fork = read_fork(path, config_file, noise_expert if any_base else None)
         _check_side(path, fork.noise_expert, noise_expert, any_base)
         return _from_fork(fork, path, dit, fold_timestep, device)
-    file = read_lora(path)
+    file = read_lora(path, noise_expert if any_base else None)
     _check_side(path, file.noise_expert, noise_expert, any_base)
+    if not dit.config.image_dim and (dropped := image_layers(file.deltas)):
+        _logger.info(
+            "%s: %d of its %d layers are of an image encoder, which this model has not; left out",
+            *(path, len(dropped), len(file.deltas)),
+        )
+        file = file._replace(deltas={n: delta for n, delta in file.deltas.items() if n not in dropped})
     dense = [name for name, delta in file.deltas.items() if delta.diff or delta.diff_b]
     if dense:
         raise WanmoeError(
             f"{path}: changes weights or biases by full differences ({_names(dense)}), which no adapter can "
             f"hold; merge it into the model instead: --lora {path}"
         )
+    _check_blocks(file.label, file.deltas, dit)
     config = config or AdapterConfig()
     return (_kept if base == "keep" else _truncated)(file, dit, config, device)
 
@@ -103,7 +106,8 @@ def _check_side(path: Path, stated: str | None, wanted: str | None, any_base: bo
 
 
 def _check_blocks(label: str, linears: Iterable[str], dit: WanDiT) -> None:
-    beyond = [name for name in linears if int(name.split(".")[1]) >= len(dit.blocks)]
+    inside = (name for name in linears if name.startswith("blocks."))
+    beyond = [name for name in inside if int(name.split(".")[1]) >= len(dit.blocks)]
     if beyond:
         raise WanmoeError(
             f"{label}: changes {_names(beyond)}, but this model has {len(dit.blocks)} blocks; is it for "
@@ -174,7 +178,6 @@ def _kept(file: LoRAFile, dit: WanDiT, config: AdapterConfig, device: Device) ->
             f"{file.label}: changes {_names(outside)}, where an adapter cannot sit; merge it into the model "
             f"instead (--lora {file.label}), or leave those out with base = 'svd'"
         )
-    _check_blocks(file.label, file.deltas, dit)
     own = config.ranks(len(dit.blocks))
     ranks = {name: delta.rank for name, delta in file.deltas.items() if own.get(name) != delta.rank}
     adapter = attach(dit, config.model_copy(update={"base_ranks": ranks}), device=device)
@@ -191,6 +194,7 @@ def _truncated(file: LoRAFile, dit: WanDiT, config: AdapterConfig, device: Devic
     lost = total = outside = 0.0
     for name, delta in file.deltas.items():
         down, up = (factor.float() for factor in delta.factors())
+        check_finite(f"{file.label}: {name}", down, up)
         module = adapter.modules.get(name)
         rank = 0 if module is None else module.base_down.shape[0]
         cut = truncate(down, up * delta.scale, rank)
@@ -200,26 +204,23 @@ def _truncated(file: LoRAFile, dit: WanDiT, config: AdapterConfig, device: Devic
             continue
         lost += cut.lost
         _fill(module, "base", cut.down, cut.up / module.scale_base, f"{file.label}: {name}")
-        error = _relative(cut.lost, cut.total)
+        error = relative_error(cut.lost, cut.total)
         _logger.info("%s: %s: rank %d to %d, error %.3g of |dW|", file.label, name, delta.rank, rank, error)
     _logger.info(
         "%s: cut to the adapter's ranks: error %.3g of |dW| in the linears that it adapts; %.1f %% of |dW|^2 "
         "is in linears that it does not adapt and was left out",
         file.label,
-        _relative(lost, total - outside),
+        relative_error(lost, total - outside),
         100 * (outside / total if total else 0.0),
     )
     return adapter
-
-
-def _relative(lost: float, total: float) -> float:
-    return math.sqrt(lost / total) if total else 0.0
 
 
 def _fill(
     module: LoRAMoELinear, part: Literal["base", "expert"], down: Tensor, up: Tensor, label: str
 ) -> None:
     """Copies factors [.., r, in], [.., out, r] into a part of an adapted linear, padded to its rank."""
+    check_finite(label, down, up)
     own_down, own_up = module.get_parameter(f"{part}_down"), module.get_parameter(f"{part}_up")
     missing = max(0, own_down.shape[-2] - down.shape[-2])
     down, up = F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))
@@ -230,160 +231,3 @@ def _fill(
         )
     own_down.data.copy_(down)
     own_up.data.copy_(up)
-
-
-class ExportReport(NamedTuple):
-    """What was written by `export_lora`."""
-
-    format: str
-    rank: int
-    """The one rank of all linears."""
-    linears: int
-    error: float
-    """|dW written - dW| / |dW| over all linears, before rounding to the dtype; 0 for an exact export."""
-
-
-def export_lora(
-    adapter_path: str | Path,
-    out: str | Path,
-    *,
-    format: Literal["comfyui", "diffusers", "peft"] = "comfyui",
-    gates: Mapping[str, float] | None = None,
-    alpha_base: float = 1.0,
-    alpha_expert: float = 1.0,
-    rank: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> ExportReport:
-    """Writes the base and a fixed mix of the experts of an adapter file as a plain LoRA.
-
-    A LoRA has no gates: the mix is the same for every prompt and frame, and the factor of the bands over t is
-    taken as 1. Ranks are concatenated, which is exact, then padded with zeros to one rank for all linears.
-
-    Args:
-        gates: weight per expert, by a name of either taxonomy, used as it is; None: the base adapter alone.
-        rank: cut to this rank by singular values where the sum has more.
-        dtype: of the written factors; None: that of the adapter file.
-
-    Raises:
-        WanmoeError: unknown expert, a weight that is not finite, nothing to write, a target that cannot be.
-    """
-    if rank is not None and rank < 1:
-        raise WanmoeError(f"export to rank {rank}: it must be at least 1")
-    info, tensors = read_adapter(adapter_path)
-    factors = _summed(adapter_path, info, tensors, gates, alpha_base, alpha_expert)
-    lost = total = 0.0
-    for name, (down, up) in factors.items():
-        if rank is None or down.shape[0] <= rank:
-            total += float(((up.double().T @ up.double()) * (down.double() @ down.double().T)).sum())
-            continue
-        cut = truncate(down, up, rank)
-        factors[name] = (cut.down, cut.up)
-        lost, total = lost + cut.lost, total + cut.total
-    stored = dtype or next(iter(tensors.values())).dtype
-    error = _relative(lost, total)
-    written = write_lora(
-        out,
-        {name: (down.to(stored), up.to(stored)) for name, (down, up) in factors.items()},
-        format=format,
-        metadata=_source(adapter_path, info, gates, alpha_base, alpha_expert, error),
-    )
-    return ExportReport(format, written, len(factors), error)
-
-
-def export_merged(
-    adapter_path: str | Path,
-    dit_path: str | Path,
-    out: str | Path,
-    *,
-    gates: Mapping[str, float] | None = None,
-    alpha_base: float = 1.0,
-    alpha_expert: float = 1.0,
-    dtype: torch.dtype | None = None,
-) -> int:
-    """Writes the whole model with a fixed mix of an adapter file added to its weights; how many it changed.
-
-    One safetensors file under original names. Gates and alphas as in `export_lora`; dtype=None keeps that of
-    the model. Raises WanmoeError for what does not fit or cannot be written.
-    """
-    info, tensors = read_adapter(adapter_path)
-    factors = _summed(adapter_path, info, tensors, gates, alpha_base, alpha_expert)
-    merge = LoRAMerge()
-    merge.add({name: Delta.of(down, up) for name, (down, up) in factors.items()}, str(adapter_path))
-    dit = load_dit(dit_path, dtype=dtype)
-    if info.task != dit.config.task:
-        raise WanmoeError(
-            f"{adapter_path}: it was trained for {info.task}, {dit_path} is a {dit.config.task} model"
-        )
-    parameters = dict(dit.named_parameters())
-    merge.check({name: tuple(parameter.shape) for name, parameter in parameters.items()})
-    for name, parameter in parameters.items():
-        parameter.data = merge.apply(name, parameter.data)
-    save_dit(dit, out)
-    return len(factors)
-
-
-def _summed(
-    path: str | Path,
-    info: AdapterInfo,
-    tensors: Mapping[str, Tensor],
-    gates: Mapping[str, float] | None,
-    alpha_base: float,
-    alpha_expert: float,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """(down, up) of a_b s_b B_b A_b + sum_e g_e a_e s_e B_e A_e, float32, per linear where that is not 0."""
-    weights = _expert_weights(info, gates)
-    alpha = info.adapter.alpha
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for name in dict.fromkeys(name.rpartition(".")[0] for name in tensors if name.endswith("_down")):
-        base_down, base_up = tensors[f"{name}.base_down"].float(), tensors[f"{name}.base_up"].float()
-        parts = [(base_down, base_up * (alpha_base * alpha / base_down.shape[0]))]
-        if f"{name}.expert_down" in tensors:
-            downs, ups = tensors[f"{name}.expert_down"].float(), tensors[f"{name}.expert_up"].float()
-            scale = alpha_expert * alpha / downs.shape[1]
-            parts += [(downs[e], ups[e] * (weight * scale)) for e, weight in enumerate(weights)]
-        # What changes nothing (gate 0, never trained) would only widen the rank.
-        parts = [(down, up) for down, up in parts if up.any()]
-        if parts:
-            factors[name] = concatenate(parts)
-    if not factors:
-        raise WanmoeError(
-            f"{path}: this mix changes nothing: its parts are untrained or weighted 0 (gates "
-            f"{dict(gates or {})}, alpha_base {alpha_base}, alpha_expert {alpha_expert}); name other experts"
-        )
-    return factors
-
-
-def _expert_weights(info: AdapterInfo, gates: Mapping[str, float] | None) -> list[float]:
-    """[E], in the order of the file."""
-    experts = info.adapter.expert_set
-    weights = [0.0] * len(experts)
-    for name, gate in (gates or {}).items():
-        if not math.isfinite(gate):
-            raise WanmoeError(f"gates: the weight of {name!r} must be finite, got {gate}")
-        for member, part in experts.weights(name).items():
-            weights[experts.index(member)] += gate * part
-    return weights
-
-
-def _source(
-    path: str | Path,
-    info: AdapterInfo,
-    gates: Mapping[str, float] | None,
-    alpha_base: float,
-    alpha_expert: float,
-    error: float,
-) -> dict[str, str]:
-    """Metadata of an export: where it comes from and what it stands for."""
-    source = {
-        "adapter": Path(path).name,
-        "sha256": file_sha256(path),
-        "alpha_base": alpha_base,
-        "alpha_expert": alpha_expert,
-        "error": error,
-        **info.model_dump(include={"task", "stage", "step", "base_sha256"}),
-    }
-    return {
-        "noise_expert": info.noise_expert,
-        "gates": json.dumps(dict(gates or {}), ensure_ascii=False),
-        "wanmoe_source": json.dumps(source),
-    }

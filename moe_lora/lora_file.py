@@ -6,10 +6,12 @@ Linears go by their original Wan name here (`blocks.3.self_attn.q`), whatever a 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -22,7 +24,18 @@ from .files import write_atomic
 from .wan.weight_files import StoredTensor, Weights, open_weights
 from .wan.weights import to_diffusers, to_original
 
-__all__ = ["Delta", "LoRAFile", "LoRALayout", "noise_expert_of_name", "read_lora", "write_lora"]
+__all__ = [
+    "Delta",
+    "LoRAFile",
+    "LoRALayout",
+    "image_layers",
+    "noise_expert_of_name",
+    "read_lora",
+    "stated_noise_expert",
+    "write_lora",
+]
+
+_logger = logging.getLogger(__name__)
 
 LoRALayout: TypeAlias = Literal["kohya", "comfyui", "original", "diffusers", "peft"]
 """original: names of the model itself, without a prefix."""
@@ -35,6 +48,7 @@ _PREFIXES: tuple[tuple[str, LoRALayout], ...] = (
     ("model.diffusion_model.", "comfyui"),
     ("diffusion_model.", "comfyui"),
     ("transformer.", "diffusers"),
+    ("transformer_2.", "diffusers"),  # the low-noise model of a pipeline
     ("base_model.model.", "peft"),
 )
 _PEFT_CONFIG = "adapter_config.json"
@@ -69,6 +83,7 @@ _TOP = {
         *(f"img_emb.proj.{index}" for index in (0, 1, 3, 4)),
     )
 }
+_IMAGE = re.compile(r"^img_emb\.|\.cross_attn\.(k_img|v_img|norm_k_img)(\.|$)")
 _BLOCK = re.compile(r"^blocks[._](?P<index>\d+)[._](?P<rest>.+)$")
 
 
@@ -130,8 +145,11 @@ class _Parts:
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
 
 
-def read_lora(path: str | Path) -> LoRAFile:
+def read_lora(path: str | Path, noise_expert: str | None = None) -> LoRAFile:
     """Reads names, shapes and scales of a LoRA: kohya/musubi, ComfyUI, original names, diffusers or PEFT.
+
+    Args:
+        noise_expert: what the file is for, whatever it says itself.
 
     Raises:
         WanmoeError: not there, cut short, half a pair of factors, or keys that are none of a LoRA on Wan.
@@ -142,6 +160,7 @@ def read_lora(path: str | Path) -> LoRAFile:
         raise WanmoeError(
             f"{path}: is an adapter of wanmoe, not a LoRA; give it as the adapter, or export it first"
         )
+    side = _noise_expert(path, weights, noise_expert)
     layers = _gather(weights)
     layouts = {parts.layout for parts in layers.values()}
     if "diffusers" in layouts:  # some layers are called the same in both
@@ -151,8 +170,45 @@ def read_lora(path: str | Path) -> LoRAFile:
     layout = layouts.pop()
     stated = _stated_alphas(path, weights, layout)
     deltas = {name: _delta(name, parts, stated, weights.label) for name, parts in layers.items()}
-    side = weights.metadata.get("noise_expert") or noise_expert_of_name(path)
     return LoRAFile(layout, deltas, weights.metadata, side, weights.label)
+
+
+def _noise_expert(path: Path, weights: Weights, asked: str | None) -> str | None:
+    """What is asked for, or else what the metadata, the names of the tensors or that of the file say."""
+    stated = weights.metadata.get("noise_expert")
+    prefixes = {name.partition(".")[0] for name in weights.tensors} & {"transformer", "transformer_2"}
+    if len(prefixes) > 1:
+        raise WanmoeError(
+            f"{path}: holds a LoRA of each model of a pipeline (transformer, transformer_2); split the file"
+        )
+    if asked is None and stated:
+        return stated_noise_expert(stated, path)
+    found = stated or ("low" if "transformer_2" in prefixes else noise_expert_of_name(path))
+    if asked is not None and found not in (None, "both", asked):
+        _say_once(f"{path}: says that it is for {found!r}; it is taken for the {asked} noise expert, as told")
+    return asked or found
+
+
+@lru_cache
+def _say_once(text: str) -> None:
+    """Logs what comes up each time that the same file is opened."""
+    _logger.info("%s", text)
+
+
+def stated_noise_expert(value: object, path: Path) -> str:
+    """high, low or both as a file says it, in any case; raises WanmoeError for anything else."""
+    side = str(value).strip().lower()
+    if side not in ("high", "low", "both"):
+        raise WanmoeError(
+            f"{path}: says that it is for noise expert {value!r}, which is none of high, low, both; say what "
+            "it is for (--lora FILE:high, convert --noise_expert high)"
+        )
+    return side
+
+
+def image_layers(names: Iterable[str]) -> list[str]:
+    """Those of some layers or parameters that only a model with an image encoder (Wan2.1 i2v) has."""
+    return [name for name in names if _IMAGE.search(name)]
 
 
 def noise_expert_of_name(path: str | Path) -> str | None:
@@ -260,7 +316,7 @@ def _read_alphas(text: str, label: str, *, required: bool = False) -> _Alphas:
     if not isinstance(stated, dict):
         raise WanmoeError(f"{label}: expected a JSON object, found a {type(stated).__name__}")
     # A pipeline's file states it per part, under the prefix of its keys.
-    stated = {key.removeprefix("transformer."): value for key, value in stated.items()}
+    stated = {re.sub(r"^transformer(_2)?\.", "", key): value for key, value in stated.items()}
     if stated.get("use_dora"):
         raise WanmoeError(f"{label}: use_dora is set; DoRA is not supported, only plain LoRA")
     alpha, patterns = stated.get("lora_alpha"), stated.get("alpha_pattern") or {}
@@ -295,6 +351,8 @@ def _delta(name: str, parts: _Parts, stated: _Alphas, label: str) -> Delta:
             raise WanmoeError(
                 f"{label}: {name}: down {down.shape} and up {up.shape} are no pair [r, in], [out, r]"
             )
+        if not down.shape[0]:
+            raise WanmoeError(f"{label}: {name} has rank 0; is the file damaged?")
         scale = stated.scale(parts.name, down.shape[0])
         if "alpha" in tensors:
             # 0 is how some tools store that there is none.
@@ -333,8 +391,11 @@ def write_lora(
     path = Path(path)
     if format != "peft" and path.suffix != ".safetensors":
         raise WanmoeError(f"{path}: a {format} LoRA is one file, give a name that ends in .safetensors")
-    if format == "peft" and (path.suffix == ".safetensors" or path.is_file()):
-        raise WanmoeError(f"{path}: a PEFT LoRA is a folder, give the name of one, without .safetensors")
+    # `mix-0.5` is a name of a folder as good as any.
+    if format == "peft" and (re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) or path.is_file()):
+        raise WanmoeError(
+            f"{path}: a PEFT LoRA is a folder, give the name of one, without {path.suffix or 'a file there'}"
+        )
     rank = max(down.shape[0] for down, _ in factors.values())
     prefix = {"comfyui": "diffusion_model.", "diffusers": "transformer.", "peft": "base_model.model."}[format]
     tensors: dict[str, Tensor] = {}

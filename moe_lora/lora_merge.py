@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,13 +13,16 @@ import torch
 from torch import Tensor
 
 from .errors import WanmoeError
-from .lora_file import Delta, read_lora
+from .lora_file import Delta, image_layers, read_lora
+from .low_rank import check_finite
 
 __all__ = ["LoRAMerge", "LoRASpec"]
 
 Side = Literal["high", "low"]
 _SIDES: tuple[Side, ...] = ("high", "low")
 _LISTED = 4
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,18 +32,20 @@ class LoRASpec:
     path: Path
     strength: float = 1.0
     side: Side | None = None
-    """None: whichever side the file says it is for, both if it says nothing."""
+    """None: whichever side the file says it is for, both if it says nothing; a side wins over the file."""
 
     @classmethod
     def parse(cls, text: str) -> LoRASpec:
-        """`file[:strength][:high|low]`; raises WanmoeError for what is not written so."""
-        rest, side, strength = text, None, 1.0
-        before, colon, last = rest.rpartition(":")
-        if colon and last in _SIDES:
-            rest, side = before, next(known for known in _SIDES if known == last)
-        before, colon, last = rest.rpartition(":")
-        if colon and (number := _number(last)) is not None:
-            rest, strength = before, number
+        """`file[:strength][:high|low]`, the two in either order; raises WanmoeError for anything else."""
+        rest, side, strength = text, None, None
+        for _ in range(2):
+            before, colon, last = rest.rpartition(":")
+            known = next((known for known in _SIDES if known == last.lower()), None)
+            if colon and known and side is None:
+                rest, side = before, known
+            elif colon and strength is None and (number := _number(last)) is not None:
+                rest, strength = before, number
+        strength = 1.0 if strength is None else strength
         if not rest:
             raise WanmoeError(f"--lora {text!r}: no file is named; write file[:strength][:high|low]")
         if not math.isfinite(strength):
@@ -52,18 +58,8 @@ class LoRASpec:
         return cls(Path(rest), strength, side)
 
     def serves(self, noise_expert: str) -> bool:
-        """Whether the `high` or `low` noise expert takes it; reads the header of the file.
-
-        Raises WanmoeError when it is asked for on that side and the file says that it belongs to the other.
-        """
-        stated = read_lora(self.path).noise_expert
-        fits = stated in (None, "both", noise_expert)
-        if self.side == noise_expert and not fits:
-            raise WanmoeError(
-                f"{self.path}: belongs to the {stated} noise expert, not to the {self.side} one; write "
-                f"{self.path}:{self.strength:g}:{stated}"
-            )
-        return fits if self.side is None else self.side == noise_expert
+        """Whether the `high` or `low` noise expert takes it; reads the header of the file."""
+        return read_lora(self.path, self.side).noise_expert in (None, "both", noise_expert)
 
 
 def _number(text: str) -> float | None:
@@ -91,7 +87,7 @@ class LoRAMerge:
     def __init__(self, specs: Iterable[LoRASpec] = ()) -> None:
         self._changes: dict[str, list[_Change]] = {}
         for spec in specs:
-            file = read_lora(spec.path)
+            file = read_lora(spec.path, spec.side)
             self.add(file.deltas, file.label, spec.strength)
 
     def add(self, deltas: Mapping[str, Delta], label: str, strength: float = 1.0) -> None:
@@ -107,8 +103,19 @@ class LoRAMerge:
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Compares the changes with the parameters of a model, by name and shape, before anything is read.
 
-        Raises WanmoeError that names the file and the parameters which the model lacks or has otherwise.
+        Where the model has no image encoder, the changes of its attention to one are left out, and counted in
+        the log: LoRAs for few steps of Wan2.1 i2v serve other models too. Raises WanmoeError that names the
+        file and the parameters which the model lacks or has otherwise.
         """
+        if not image_layers(shapes):
+            for label, names in self._by_label().items():
+                if dropped := image_layers(names):
+                    _logger.info(
+                        "%s: %d of its %d changes are of an image encoder, which this model lacks",
+                        *(label, len(dropped), len(names)),
+                    )
+            for name in image_layers(self._changes):
+                del self._changes[name]
         for label, names in self._by_label().items():
             absent = [name for name in names if name not in shapes]
             if absent:
@@ -143,9 +150,12 @@ class LoRAMerge:
             _check_shape(change, name, tuple(tensor.shape))
             diff = change.delta.diff_b if name.endswith(".bias") else change.delta.diff
             if diff is not None:
-                merged.add_(diff.read().to(merged), alpha=change.strength)
+                values = diff.read().to(merged)
+                check_finite(f"{change.label}: its change of {name}", values)
+                merged.add_(values, alpha=change.strength)
             if change.delta.rank and not name.endswith(".bias"):
                 down, up = (factor.to(merged) for factor in change.delta.factors())
+                check_finite(f"{change.label}: its change of {name}", down, up)
                 merged.flatten(1).addmm_(up, down, alpha=change.strength * change.delta.scale)
         return merged.to(dtype or tensor.dtype)
 

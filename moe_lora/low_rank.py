@@ -5,13 +5,16 @@ Letters: R rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Truncated", "concatenate", "truncate"]
+from .errors import WanmoeError
+
+__all__ = ["Truncated", "check_finite", "concatenate", "relative_error", "truncate"]
 
 
 class Truncated(NamedTuple):
@@ -47,3 +50,14 @@ def truncate(down: Tensor, up: Tensor, rank: int) -> Truncated:
     return Truncated(
         new_down.to(up.dtype), new_up.to(up.dtype), float(squares[rank:].sum()), float(squares.sum())
     )
+
+
+def relative_error(lost: float, total: float) -> float:
+    """|error| / |original| from the squared norms that `truncate` gives; 0 for an original of zero."""
+    return math.sqrt(lost / total) if total else 0.0
+
+
+def check_finite(label: str, *values: Tensor) -> None:
+    """Raises WanmoeError, which begins with `label`, unless all values are finite."""
+    if not all(bool(value.isfinite().all()) for value in values):
+        raise WanmoeError(f"{label}: holds values that are not finite, so it cannot be used")

@@ -296,11 +296,16 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> WanVAE:
     if not (folder / "config.json").is_file():
         raise WanmoeError(f"codec {folder}: the folder has no config.json, so it is not a diffusers VAE")
     try:
-        vae: Any = AutoencoderKLWan.from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
+        loaded: Any = AutoencoderKLWan.from_pretrained(
+            folder, local_files_only=True, torch_dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise WanmoeError(
             f"codec {folder}: cannot be loaded as AutoencoderKLWan: {first_line(error)}"
         ) from error
+    vae, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise WanmoeError(f"codec {folder}: {len(missing)} weights are missing: {', '.join(missing[:3])}")
     _check_config(folder, vae.config.z_dim, bool(vae.config.is_residual))
     weights = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
     return WanVAE(vae, weights, tuple(vae.config.latents_mean), tuple(vae.config.latents_std))

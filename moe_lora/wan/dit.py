@@ -50,6 +50,8 @@ class PrefixState(NamedTuple):
     width: int
     image: Tensor | None = None
     """[B, Li, D] of a Wan2.1 i2v model."""
+    gated: bool = False
+    """Whether the prefix was given gates."""
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -137,6 +139,7 @@ class WanDiT(nn.Module):
         self.config = config
         self.first_adapted: int = config.num_layers
         self.prefix_frozen: bool = False
+        self.prefix_adapted: bool = False
         self.checkpointing: bool = False
         self.patch_embedding = PatchEmbedding(
             config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size
@@ -190,13 +193,17 @@ class WanDiT(nn.Module):
             gates = gates._replace(experts=gates.experts.detach(), base=gates.base.detach())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.prefix_frozen):
             state = self._embed(x, t, context, image_latent, image_context)
-            return state._replace(x=self._run(range(self.first_adapted), state, gates))
+            x = self._run(range(self.first_adapted), state, gates)
+            return state._replace(x=x, gated=gates is not None)
 
     def tail(self, state: PrefixState, gates: Gates | None = None) -> Tensor:
         """`blocks[first_adapted:]` and the head: v [B, out_dim, F, H, W].
 
-        gates hold one row per clip or per latent frame; None runs the frozen model.
+        gates hold one row per clip or per latent frame; None runs the frozen model. Raises WanmoeError where
+        the prefix carries adapters and ran without them.
         """
+        if gates is not None and self.prefix_adapted and not state.gated:
+            raise WanmoeError("this adapter has parts in the prefix: give prefix(...) the gates too")
         if self.prefix_frozen and torch.is_grad_enabled() and self._tail_trains(gates):
             # ZeRO-3 releases a leaf block's parameters before their gradients are taken unless one of the
             # block's positional inputs requires grad (deepspeed 0.19).
@@ -204,10 +211,11 @@ class WanDiT(nn.Module):
         x = self._run(range(self.first_adapted, len(self.blocks)), state, gates)
         return self._unpatchify(self.head(x, state.e), state)
 
-    def freeze_prefix(self, first: int) -> None:
+    def freeze_prefix(self, first: int, adapted: bool = False) -> None:
         """Splits the model before `blocks[first]` and runs what lies before it without a graph from now on.
 
-        Raises WanmoeError when `first` is no block or when a parameter before it requires grad.
+        adapted: adapters sit before it, so that the prefix needs gates. Raises WanmoeError when `first` is no
+        block or when a parameter before it requires grad.
         """
         if not 0 <= first <= len(self.blocks):
             raise WanmoeError(f"first adapted block {first} is not in 0..{len(self.blocks)}")
@@ -219,6 +227,7 @@ class WanDiT(nn.Module):
             )
         self.first_adapted = first
         self.prefix_frozen = True
+        self.prefix_adapted = adapted
 
     def _prefix_parameters(self, first: int) -> Iterator[tuple[str, nn.Parameter]]:
         embeddings: tuple[str, ...] = (

@@ -18,15 +18,16 @@ from torch import Tensor
 
 from ..errors import WanmoeError
 from ..routing import Gates
+from .config import WanConfig
 
 __all__ = [
     "SOLVERS",
-    "TASK_DEFAULTS",
     "Denoiser",
     "SamplingDefaults",
     "Schedule",
     "make_schedule",
     "sample",
+    "sampling_defaults",
 ]
 
 SOLVERS = ("unipc", "dpm++", "euler")
@@ -41,11 +42,20 @@ class SamplingDefaults(NamedTuple):
     """(low, high)."""
 
 
-TASK_DEFAULTS = {
-    "t2v": SamplingDefaults(12.0, 40, (3.0, 4.0)),
-    "i2v": SamplingDefaults(5.0, 40, (3.5, 3.5)),
-}
-"""By `WanConfig.task`. Source: Wan2.2 `wan/configs/wan_{t2v,i2v}_A14B.py`."""
+def sampling_defaults(config: WanConfig, two_models: bool) -> SamplingDefaults:
+    """The settings that a model was released with, told by its sizes and by whether it has two noise experts.
+
+    One t2v model alone is taken for Wan2.1, since one guidance of Wan2.2's two would be arbitrary. Source:
+    Wan2.2 `wan/configs/wan_{t2v,i2v}_A14B.py`, Wan2.1 `generate.py`.
+    """
+    if config.task == "t2v":
+        return SamplingDefaults(12.0, 40, (3.0, 4.0)) if two_models else SamplingDefaults(5.0, 50, (5.0, 5.0))
+    if config.image_positions:  # Wan2.1 FLF2V
+        return SamplingDefaults(16.0, 50, (5.0, 5.0))
+    if config.image_dim:  # Wan2.1 i2v; 3.0 is advised at 480p
+        return SamplingDefaults(5.0, 40, (5.0, 5.0))
+    return SamplingDefaults(5.0, 40, (3.5, 3.5))
+
 
 _TRAIN_TIMESTEPS = 1000
 

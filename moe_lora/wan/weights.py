@@ -172,17 +172,18 @@ def read_dit_config(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> tu
     return config, "comfyui" if "diffusion_model." in prefix else "original"
 
 
-def save_dit(dit: WanDiT, path: str | Path) -> None:
+def save_dit(dit: WanDiT, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes the model's own weights, original names, as one safetensors file with its WanConfig as metadata.
 
-    An attached adapter is left out. The file appears whole or not at all; raises WanmoeError if it cannot.
+    `metadata` goes into the header beside that. An attached adapter is left out. The file appears whole or
+    not at all; raises WanmoeError if it cannot.
     """
     with torch.device("meta"):
         names = WanDiT(dit.config).state_dict().keys()
     state = dit.state_dict()
     tensors = {name: state[name].detach().to("cpu").contiguous() for name in names}
-    metadata = {"format": "pt", CONFIG_KEY: json.dumps(asdict(dit.config))}
-    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata), (SafetensorError,))
+    header = {**(metadata or {}), "format": "pt", CONFIG_KEY: json.dumps(asdict(dit.config))}
+    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=header), (SafetensorError,))
 
 
 def dit_hash(dit_path: str | os.PathLike[str]) -> str:

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
@@ -125,6 +126,40 @@ def test_a_file_of_the_fork(fork_file):
         ("Suction", False),
     ]
     assert any("copies of frozen weights: 8 tensors, 288 values" in note for note in report.notes)
+
+
+def test_a_file_of_the_fork_without_its_config_shows_what_its_tensors_do(fork_file, tmp_path):
+    named = inspect_file(fork_file)
+    bare, config = tmp_path / "bare_low.safetensors", tmp_path / "fork.json"
+    if fork_file.suffix == ".pt":
+        content = torch.load(fork_file)
+        config.write_text(json.dumps(content.pop("config")))
+        torch.save(content, bare := tmp_path / "bare_low.pt")
+    else:
+        with safe_open(fork_file, "pt") as handle:
+            config.write_text(handle.metadata()["config"])
+        save_file(load_file(fork_file), bare)
+    report = reported(
+        bare,
+        format="LoRA-MoE of the musubi-tuner fork",
+        noise_expert="low",
+        linears="8, not named",
+        ranks={"base": {"lora_moe": [2]}, "experts": {"lora_moe": [2]}},
+        parameters=8 * 3 * 24,
+    )
+    assert [(e.name, e.trained) for e in report.experts] == [("expert 0", True), ("expert 1", False)]
+    assert report.notes[-1].startswith("names of linears and experts need --lora_moe_config_file: nothing")
+    told = inspect_file(bare, config_file=config)
+    assert (told.experts, told.ranks, told.linears) == (named.experts, named.ranks, named.linears)
+    config.write_text("[]")
+    with pytest.raises(WanmoeError, match="fork.json: expected keys and values"):
+        inspect_file(bare, config_file=config)
+
+
+def test_a_config_of_the_fork_is_for_its_files_alone(dit, tmp_path):
+    save_dit(dit, path := tmp_path / "dit.safetensors")
+    with pytest.raises(WanmoeError, match="dit.safetensors: is no LoRA-MoE file of the fork"):
+        inspect_file(path, config_file=tmp_path / "x.json")
 
 
 @pytest.mark.parametrize("layout", ["comfyui", "diffusers", "peft"])
@@ -337,6 +372,17 @@ def test_a_folder_of_shards(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     report = reported(tmp_path, format="shards of wanmoe (wanmoe-shards/1)", task="t2v", bytes=30)
     assert any("train 5, val 2" in line for line in report.lines())
+    for part, value in (
+        ("shards", [{}]),
+        ("shards", None),
+        ("shards", [3]),
+        ("codec", "x"),
+        ("text_encoder", None),
+        ("task", 3),
+    ):
+        (tmp_path / "manifest.json").write_text(json.dumps({**manifest, part: value}))
+        with pytest.raises(WanmoeError, match=f"manifest.json: {part} missing or not as"):
+            inspect_file(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps({"format": "other/2"}))
     with pytest.raises(WanmoeError, match="format is 'other/2'; of such folders only"):
         inspect_file(tmp_path)
@@ -416,11 +462,19 @@ def test_weights_of_another_kind_are_named_by_what_they_hold(tmp_path):
             "description is damaged",
         ),
         ({"diffusion_model.blocks.0.ffn.0.lokr_w1": torch.ones(1)}, None, "LoKr, which are not supported"),
-        ({"lora_moe_0.expert_lora_up.0.weight": torch.ones(1, 1)}, None, "nothing says which linears"),
+        ({"lora_moe_0.expert_lora_up.0.weight": torch.ones(1, 1)}, None, "lora_moe_0 .*is the file whole"),
     ],
 )
 def test_damaged_files_of_a_known_kind_are_refused_by_their_reader(tmp_path, tensors, metadata, words):
     save_file(tensors, tmp_path / "x.safetensors", metadata=metadata)
     with pytest.raises(WanmoeError, match=words) as caught:
         inspect_file(tmp_path / "x.safetensors")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "http" not in str(caught.value)
+
+
+def test_a_damaged_description_names_its_keys_and_no_page(tmp_path):
+    metadata = {"format": "wanmoe-adapter/1", "info": '{"step": "x"}'}
+    save_file({"a.expert_up": torch.ones(1)}, tmp_path / "x.safetensors", metadata=metadata)
+    with pytest.raises(WanmoeError, match="adapter: Field required") as caught:
+        inspect_file(tmp_path / "x.safetensors")
+    assert "\n" not in str(caught.value) and "http" not in str(caught.value)

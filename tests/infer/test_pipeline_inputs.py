@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from wanmoe.infer import LoRAMoEInference
+from wanmoe.infer import LoRAMoEInference, pipeline
+from wanmoe.infer.memory import Needs
+from wanmoe.infer.request import Job, make_job
+from wanmoe.infer.route import Wish
 from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.moe_lora.lora_file import write_lora
 from wanmoe.moe_lora.lora_merge import LoRASpec
@@ -95,10 +98,8 @@ def test_the_text_encoder_is_read_once_and_released(files: Path, monkeypatch: py
             loaded.append(weakref.ref(self))
 
     monkeypatch.setattr(text, "HashTextEncoder", Encoder)
-    model = LoRAMoEInference("t2v", files / "low.safetensors", **MODEL)
-    assert len(loaded) == 1
-    model.prepare(["hook", "scissors", None])
-    assert loaded[0]() is None
+    model = LoRAMoEInference("t2v", files / "low.safetensors", prompts=["hook", "scissors"], **MODEL)
+    assert len(loaded) == 1 and loaded[0]() is None
     model.generate("hook", **FAST)
     model.generate("scissors", **FAST)
     assert len(loaded) == 1
@@ -140,24 +141,40 @@ def test_a_wan21_image_model_takes_clip_tokens(
 # ------------------------------------------------------------------------------------------ the card
 
 
+def job(model: LoRAMoEInference, frames: int, size: tuple[int, int], guidance: object = None) -> Job:
+    given = dict.fromkeys(("num_steps", "flow_shift", "image_path", "last_image_path", "output_path"))
+    given |= {"num_frames": frames, "video_size": size, "guidance_scale": guidance, "solver": "unipc"}
+    return make_job(model.config, False, prompt="hook", wish=Wish(), seed=1, negative_prompt="", **given)
+
+
+@pytest.fixture
+def card(inference: LoRAMoEInference, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """card(free GB): the pipeline is told of a card of 80 GB, and that a clip takes 10 GB and 0.8 beside."""
+    monkeypatch.setattr(inference, "device", torch.device("cuda"))
+    monkeypatch.setattr(pipeline, "needs", lambda *given: Needs(0, int(given[5] * 10e9), 10**9, 0))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 0)
+
+    def free(gigabytes: float) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (int(gigabytes * 1e9), 80 * 10**9))
+
+    return free
+
+
 @pytest.mark.parametrize(
     ("free", "guidance", "batched"),
-    [(80, (3.0, 4.0), True), (80, (1.0, 1.0), False), (0.8, (3.0, 4.0), False)],
+    [(21, (3.0, 4.0), True), (21, (1.0, 1.0), False), (20, (3.0, 4.0), False)],
 )
 def test_both_passes_share_a_forward_where_the_card_has_room(
-    inference: LoRAMoEInference, monkeypatch: pytest.MonkeyPatch, free: float, guidance: object, batched: bool
+    inference: LoRAMoEInference, card: Callable[[float], None], free: float, guidance: object, batched: bool
 ) -> None:
-    monkeypatch.setattr(inference, "device", torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (int(free * 1e9), 80 * 10**9))
-    settings = inference._settings(None, guidance, None, "unipc", None, None, None, None)
-    assert inference._plan(17, (256, 256), settings) == batched
+    card(free)
+    assert inference._fits_batched(job(inference, 41, (256, 256), guidance)) == batched
 
 
 def test_a_card_that_is_too_small_is_said_before_the_first_step(
-    inference: LoRAMoEInference, monkeypatch: pytest.MonkeyPatch
+    inference: LoRAMoEInference, card: Callable[[float], None]
 ) -> None:
-    monkeypatch.setattr(inference, "device", torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (10**9, 10**9))
-    settings = inference._settings(None, None, None, "unipc", None, None, None, None)
-    with pytest.raises(WanmoeError, match=r"modelled need on the card .* the card has 1 GB"):
-        inference._plan(81, (720, 1280), settings)
+    card(10.7)
+    with pytest.raises(WanmoeError, match=r"modelled need on the card 10.8 GB.* 10.7 of 80 GB are free"):
+        inference._fits_batched(job(inference, 81, (720, 1280)))

@@ -107,6 +107,7 @@ def test_merging_follows_the_bands_and_the_request(inputs):
     cast = Cast(4)
     for experts, t in ((MIX, 0.9), (MIX, 0.4), (MIX, 0.45), (torch.eye(4)[1], 0.8), (MIX, 0.9)):
         found, truth = run(side, inputs, experts, t, cast), run(exact, inputs, experts, t)
+        cast.step += 1
         torch.testing.assert_close(found, truth, rtol=0, atol=2e-5)
     assert len(cast.errors) == 3  # two bands of the mix, one of the other expert
     assert [record.t for record in cast.records] == pytest.approx([0.9, 0.4, 0.45, 0.8, 0.9])
@@ -129,6 +130,59 @@ def test_merged_weights_of_a_side_that_leaves_are_gone(inputs):
     plain = dict(model()[0].named_parameters())
     assert all(torch.equal(p, plain[name]) for name, p in side.dit.named_parameters())
     assert torch.equal(run(side, inputs, cast=cast), first)
+
+
+def test_a_merge_that_fails_half_way_is_undone(inputs, monkeypatch):
+    side = Side("low", *model(), CPU, merged=True)
+    plain = dict(model()[0].named_parameters())
+    linear = side.adapter.modules["blocks.2.self_attn.q"]
+    side.merge(1.0, [1, 0, 0, 0])
+
+    def fails(*_gates):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(linear, "delta", fails)
+    with pytest.raises(RuntimeError):
+        side.merge(1.0, [0, 1, 0, 0])
+    monkeypatch.undo()
+    truth = run(Side("low", *model(), CPU), inputs, torch.eye(4)[0], alpha_base=1.0, alpha_expert=1.0)
+    again = run(side, inputs, torch.eye(4)[0], alpha_base=1.0, alpha_expert=1.0)
+    torch.testing.assert_close(again, truth, rtol=0, atol=2e-5)
+    side.unmerge()
+    assert all(torch.equal(p, plain[name]) for name, p in side.dit.named_parameters())
+
+
+def test_a_side_that_fails_to_enter_is_cleared_all_the_same():
+    side, cast = CardSide("low", *model(), CPU, resident=False), Cast(4)
+    host, copied = places(side), []
+
+    def copy(tensor):
+        if len(copied) == 5:
+            raise RuntimeError("out of memory")
+        copied.append(tensor)
+        return tensor.clone()
+
+    side._copy = copy
+    with pytest.raises(RuntimeError):
+        cast.bring(side)
+    cast.clear()
+    assert places(side) == host
+
+
+def test_merging_keeps_no_second_copy_of_what_waits_in_host_memory(inputs):
+    side = CardSide("low", *model(), CPU, resident=False, merged=True)
+    host = set(places(side))
+    cast = Cast(4)
+    run(side, inputs, cast=cast)
+    assert all(tensor.data_ptr() in host for tensor in side._plain.values())
+
+
+def test_experts_that_were_never_trained_are_known():
+    dit, adapter = model()
+    assert Side("low", dit, adapter, CPU).untrained == ()
+    for linear in adapter.modules.values():
+        linear.expert_up.data[2] = 0
+    assert Side("low", dit, adapter, CPU).untrained == (adapter.experts.names[2],)
 
 
 def test_the_slope_of_the_output_in_each_alpha_is_the_analytic_one(inputs):

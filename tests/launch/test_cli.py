@@ -25,13 +25,13 @@ OPTIONS = {
     "train": "config",
     "evaluate": "dit shards adapter wrong-expert out",
     "generate": "prompt prompts model dit dit-high-noise vae text t5 tokenizer clip task output-path "
-    "lora-moe-weights lora-moe-config-file lora instrument-hint mix schedule ema image-path last-image-path "
-    "num-frames video-size num-steps guidance-scale guidance-scale-high-noise flow-shift solver "
-    "sample-solver negative-prompt alpha-base alpha-expert seed device dtype merged compile vae-tiling "
-    "any-base",
-    "convert": "to out instrument mix alpha-base alpha-expert rank dit dit-high-noise base config "
-    "lora-moe-config-file fold-timestep noise-expert",
-    "inspect": "json hash",
+    "lora-moe-weights lora-moe-config-file fold-timestep lora instrument-hint mix schedule ema "
+    "image-path last-image-path num-frames video-size num-steps guidance-scale "
+    "guidance-scale-high-noise flow-shift solver sample-solver negative-prompt alpha-base "
+    "alpha-expert seed device dtype merged compile vae-tiling any-base",
+    "convert": "to out instrument mix alpha-base alpha-expert rank dit dit-high-noise any-base base config "
+    "lora-moe-config-file fold-timestep noise-expert dtype",
+    "inspect": "json hash lora-moe-config-file",
     "demo": "out clips ranks seed",
     "bench": "suite rows variants out device",
     "bench block": "tokens preset compiled out device",
@@ -183,7 +183,7 @@ def test_a_shard_cut_short_is_named_by_train_and_by_verify(monkeypatch, capsys, 
         (["--instrument_hint", "Scisors"], ("unknown expert 'Scisors'", "Scissors")),
         (["--mix", "Scissors"], ("--mix 'Scissors'", "NAME=WEIGHT")),
         (["--video_size", "100", "96"], ("100x96", "nearest is 96x96")),
-        (["--image_path", "x.png"], ("x.png", "no such picture")),
+        (["--image_path", "x.png"], ("x.png", "t2v model takes no image")),
         (["--schedule", "0:Hook, 5:Suction"], ("frame 5", "last frame is 4")),
         (["--schedule", "Hook"], ("'Hook' is no FRAME:EXPERT",)),
         (["--guidance_scale_high_noise", "3"], ("needs --guidance_scale",)),
@@ -303,7 +303,7 @@ def test_a_model_folder_gives_what_is_not_named(monkeypatch, capsys, work, tmp_p
     monkeypatch.setattr("wanmoe.infer.LoRAMoEInference", Pipeline)
     for side in ("low", "high"):
         (tmp_path / f"{side}_noise_model").mkdir()
-        (tmp_path / f"{side}_noise_model" / "x.safetensors").write_bytes(b"")
+        save_dit(WanDiT(WanConfig.preset("tiny")), tmp_path / f"{side}_noise_model" / "x.safetensors")
     (tmp_path / "Wan2.1_VAE.pth").write_bytes(b"")
     words = ("--model", tmp_path, "--prompt", "hook")
     code, line = run(monkeypatch, capsys, "generate", *words)
@@ -318,7 +318,8 @@ def test_a_model_folder_gives_what_is_not_named(monkeypatch, capsys, work, tmp_p
     code, line = run(
         monkeypatch, capsys, "generate", *words, "--t5", "hash", "--dit", work / "base.safetensors"
     )
-    assert code == 0 and given["dit_high_noise_path"] is None
+    assert code == 0 and given["dit"] == work / "base.safetensors"
+    assert given["dit_high_noise_path"] == tmp_path / "high_noise_model"
 
 
 def test_prepare_hands_its_device_on(monkeypatch, capsys, work, tmp_path):

@@ -1,8 +1,11 @@
 """A DiT small enough to build in every test."""
 
+import copy
+
 import pytest
 import torch
 
+from wanmoe.moe_lora import AdapterConfig, RouterConfig, attach, save_adapter
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
 
@@ -39,3 +42,23 @@ def clip() -> dict[str, object]:
         "t": torch.tensor([0.7, 0.9]),
         "context": [torch.randn(5, 12, generator=generator), torch.randn(3, 12, generator=generator)],
     }
+
+
+@pytest.fixture
+def frozen(dit):
+    """A copy without adapter."""
+    return copy.deepcopy(dit)
+
+
+@pytest.fixture
+def saved(dit, frozen, tmp_path):
+    """An adapter in the last two of four blocks with ranks 1 to 4, and its file for the high side."""
+    ranks = {"rank_q": 3, "rank_k": 2, "rank_v": 2, "rank_o": 1, "rank_ffn": 4}
+    config = AdapterConfig(blocks=2, ffn_blocks=1, alpha=3.0, **ranks)
+    adapter = attach(dit, config, RouterConfig(bands=((0.0, 1.0),)))
+    torch.manual_seed(7)
+    for parameter in adapter.parameters().values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    path = tmp_path / "adapter.safetensors"
+    about = {"stage": "b", "step": 3, "noise_expert": "high", "base_sha256": "ab" * 32}
+    return adapter, save_adapter(adapter, path, **about)

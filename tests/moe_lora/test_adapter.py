@@ -320,6 +320,9 @@ def test_a_base_before_the_experts_keeps_the_prefix_until_it_trains(dit, clip):
         trained = adapter.train_only((part,))
         assert dit.first_adapted == first
         assert torch.equal(dit(**clip, gates=gates), whole)
+        if part == "experts":
+            with pytest.raises(WanmoeError, match=r"give prefix\(\.\.\.\) the gates too"):
+                dit.tail(dit.prefix(**clip), gates)
         gradients = torch.autograd.grad(dit(**clip, gates=gates).square().mean(), list(trained.values()))
         assert all(gradient.any() for gradient in gradients), part
 

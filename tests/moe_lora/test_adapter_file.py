@@ -17,7 +17,7 @@ from wanmoe.moe_lora import (
     load_adapter,
     save_adapter,
 )
-from wanmoe.moe_lora.adapter_file import read_adapter
+from wanmoe.moe_lora.adapter_file import read_adapter, read_adapter_info
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
 
@@ -131,6 +131,41 @@ def test_a_cut_file_is_one_clear_line(saved, dit, tmp_path):
     with pytest.raises(WanmoeError, match=r"cut.safetensors: not a readable safetensors file") as caught:
         load_adapter(cut, fresh(dit))
     assert "\n" not in str(caught.value)
+
+
+def test_the_description_is_read_from_the_header_alone(saved, monkeypatch):
+    _, path = saved
+    info = read_adapter(path)[0]
+
+    class Refusing:
+        def __init__(self, *args, **kwargs):
+            self.handle = opened(*args, **kwargs)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def metadata(self):
+            return self.handle.metadata()
+
+    from wanmoe.moe_lora import adapter_file
+
+    opened = adapter_file.safe_open
+    monkeypatch.setattr(adapter_file, "safe_open", Refusing)
+    assert read_adapter_info(path) == info
+
+
+def test_a_damaged_description_is_one_line_without_advice_of_a_library(tmp_path):
+    bad = tmp_path / "bad.safetensors"
+    for info, words in (("{", "it is not JSON"), ('{"step": "x"}', "adapter: Field required; .*step: Input")):
+        save_file({"a": torch.ones(1)}, bad, metadata={"format": "wanmoe-adapter/1", "info": info})
+        with pytest.raises(
+            WanmoeError, match=f"bad.safetensors: its description is damaged: {words}"
+        ) as caught:
+            read_adapter_info(bad)
+        assert "\n" not in str(caught.value) and "http" not in str(caught.value)
 
 
 def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):

@@ -1,13 +1,14 @@
 """Files of the seed fork, made here by their documented layout: names, numbers, what is refused."""
 
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from wanmoe.moe_lora import WanmoeError
-from wanmoe.moe_lora.fork_file import is_fork, read_fork
+from wanmoe.moe_lora.fork_file import is_fork, read_fork, survey_fork
 from wanmoe.moe_lora.instruments import CHOLEC, SURGICAL
 
 DIM, FFN_DIM, BLOCKS, FFN_BLOCKS = 6, 10, (2, 3), (3,)
@@ -263,6 +264,44 @@ def without(*names):
 def test_a_file_that_does_not_fit_together_is_refused(tmp_path, tensors, config, words):
     with pytest.raises(WanmoeError, match=words):
         read_fork(write(tmp_path / "m.safetensors", tensors, config))
+
+
+def test_a_missing_expert_is_named_where_the_width_is_to_tell_the_blocks(tmp_path):
+    tensors = {name: t for name, t in fork_tensors().items() if ".expert_lora_down.0." not in name}
+    config = {"alpha": 2.0, "expert_names": FAMILIES, "target_blocks": "last_8"}
+    with pytest.raises(WanmoeError, match="nothing says which linears"):
+        read_fork(write(tmp_path / "m.safetensors", tensors, config))
+    wide = {
+        "lora_moe_0.base_lora_down.weight": torch.zeros(1, 5120),
+        "lora_moe_0.expert_lora_down.1.weight": torch.zeros(1, 5120),
+        "lora_moe_0.expert_lora_up.1.weight": torch.zeros(5120, 1),
+    }
+    with pytest.raises(WanmoeError, match="holds 1 modules where its config names 64 linears"):
+        read_fork(write(tmp_path / "m.safetensors", wide, config))
+    with pytest.raises(WanmoeError, match="nothing says which linears"):
+        read_fork(write(tmp_path / "m.safetensors", wide, {**config, "target_blocks": "last_0"}))
+
+
+def test_a_stated_side_is_normalised_or_refused(tmp_path):
+    path = tmp_path / "m_low.safetensors"
+    assert read_fork(write(path, fork_tensors(), {**CONFIG, "noise_expert": "HIGH"})).noise_expert == "high"
+    write(path, fork_tensors(), {**CONFIG, "noise_expert": "upper"})
+    with pytest.raises(WanmoeError, match=r"m_low.safetensors: .*noise expert 'upper'"):
+        read_fork(path)
+    assert read_fork(path, noise_expert="low").noise_expert == "low"
+
+
+def test_tensors_show_experts_and_ranks_without_any_config(file, tmp_path):
+    path = write(tmp_path / "bare_high.safetensors", fork_tensors(untrained=(2,)), None)
+    fork, named = survey_fork(path), read_fork(file)
+    assert fork.expert_names == tuple(f"expert {index}" for index in range(4))
+    assert fork.untrained == ("expert 2",) and fork.noise_expert == "high" and math.isnan(fork.alpha)
+    assert list(fork.linears) == [f"lora_moe_{index}" for index in range(len(RANKS))]
+    for bare, linear in zip(fork.linears.values(), named.linears.values(), strict=True):
+        assert bare.expert_down.equal(linear.expert_down) and bare.base_up.equal(linear.base_up)
+    del (tensors := load_file(path))["lora_moe_3.expert_lora_up.1.weight"]
+    with pytest.raises(WanmoeError, match="lora_moe_3 .*downs of experts .*is the file whole"):
+        survey_fork(write(path, tensors, None))
 
 
 def test_garbage_is_refused_and_is_no_fork_file(tmp_path, file):

@@ -1,6 +1,7 @@
 """Adapters through other tools' files and back: the foreign model computes what ours computes."""
 
 import copy
+import hashlib
 import json
 import logging
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanPipeline, WanTransformer3DModel
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wanmoe.moe_lora import (
@@ -22,7 +24,8 @@ from wanmoe.moe_lora import (
     save_adapter,
 )
 from wanmoe.moe_lora.adapter import LoRAMoELinear
-from wanmoe.moe_lora.interop import FORK_TIMESTEP_GATE, export_lora, export_merged, import_adapter
+from wanmoe.moe_lora.export import export_lora, export_merged
+from wanmoe.moe_lora.interop import FORK_TIMESTEP_GATE, import_adapter
 from wanmoe.moe_lora.lora_file import read_lora
 from wanmoe.moe_lora.routing import Gates
 from wanmoe.moe_lora.wan.dit import WanDiT
@@ -39,27 +42,6 @@ def randomised(adapter, std=0.3):
     for parameter in adapter.parameters().values():
         torch.nn.init.normal_(parameter, std=std)
     return adapter
-
-
-@pytest.fixture
-def frozen(dit):
-    """A copy without adapter."""
-    return copy.deepcopy(dit)
-
-
-@pytest.fixture
-def saved(dit, frozen, tmp_path):
-    """An adapter in the last two of four blocks with ranks 1 to 4, and its file for the high side."""
-    adapter = randomised(attach(dit, CONFIG, ONE_BAND))
-    path = save_adapter(
-        adapter,
-        tmp_path / "adapter.safetensors",
-        stage="b",
-        step=3,
-        noise_expert="high",
-        base_sha256="ab" * 32,
-    )
-    return adapter, path
 
 
 def gates(adapter, clip, mix=None, alpha_base=1.0, alpha_expert=1.0):
@@ -180,70 +162,16 @@ def test_an_imported_adapter_saves_and_loads(saved, frozen, clip, tmp_path):
     close(ours(load_adapter(file, bare), clip), ours(adapter, clip, MIX), plain)
 
 
-def test_a_cut_export_is_the_best_of_its_rank_and_says_what_it_lost(saved, tmp_path):
-    _, path = saved
-    exact, cut = tmp_path / "exact.safetensors", tmp_path / "cut.safetensors"
-    assert export_lora(path, exact, gates=MIX).rank == 12
-    report = export_lora(path, cut, gates=MIX, rank=5)
-    assert report.rank == 5
-    lost = total = 0.0
-    reduced = read_lora(cut).deltas
-    for name, delta in read_lora(exact).deltas.items():
-        down, up = (factor.double() for factor in delta.factors())
-        small_down, small_up = (factor.double() for factor in reduced[name].factors())
-        values = torch.linalg.svdvals(up @ down)
-        difference = (up @ down - small_up @ small_down).square().sum()
-        torch.testing.assert_close(difference, values[5:].square().sum(), rtol=1e-4, atol=1e-8)
-        lost, total = lost + difference.item(), total + values.square().sum().item()
-    assert report.error == pytest.approx((lost / total) ** 0.5, rel=1e-4) and report.error > 0.01
-    # A linear whose sum has less rank than asked for is exact.
-    assert export_lora(path, cut, gates=MIX, rank=12).error == 0.0
-
-
-def test_the_file_says_where_it_comes_from(saved, tmp_path):
-    _, path = saved
-    out = tmp_path / "out.safetensors"
-    export_lora(path, out, gates={"bipolar": 0.5}, alpha_base=0.5, dtype=torch.bfloat16)
-    file = read_lora(out)
-    assert file.noise_expert == "high" and json.loads(file.metadata["gates"]) == {"bipolar": 0.5}
-    source = json.loads(file.metadata["wanmoe_source"])
-    assert (source["adapter"], source["alpha_base"], source["stage"]) == ("adapter.safetensors", 0.5, "b")
-    assert source["base_sha256"] == "ab" * 32 and len(source["sha256"]) == 64
-    assert {value.dtype for value in load_file(out).values()} == {torch.bfloat16}
-
-
-def test_parts_without_weight_or_training_do_not_widen_the_rank(saved, dit, tmp_path):
-    adapter, _ = saved
-    for module in adapter.modules.values():
-        module.expert_up.data[adapter.experts.index("Other")] = 0
-    path = save_adapter(adapter, tmp_path / "adapter.safetensors", stage="b", step=3)
-    out = tmp_path / "out.safetensors"
-    assert export_lora(path, out, gates={"Other": 1.0, "Scissors": 0.0, "Suction": 1.0}).rank == 8
-    assert export_lora(path, out, gates={"Other": 1.0, "Suction": 1.0}, alpha_base=0).rank == 4
-    with pytest.raises(WanmoeError, match=r"adapter.safetensors: this mix changes nothing: .*'Other': 1.0"):
-        export_lora(path, out, gates={"Other": 1.0}, alpha_base=0)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"gates": {"laser": 1.0}}, "unknown expert 'laser'"),
-        ({"gates": {"Suction": float("nan")}}, "the weight of 'Suction' must be finite, got nan"),
-        ({"rank": 0}, "export to rank 0: it must be at least 1"),
-        ({"format": "peft"}, "a PEFT LoRA is a folder"),
-    ],
-)
-def test_an_export_that_cannot_be_is_refused(saved, arguments, words, tmp_path):
-    with pytest.raises(WanmoeError, match=words):
-        export_lora(saved[1], tmp_path / "out.safetensors", **arguments)
-    assert not (tmp_path / "out.safetensors").exists()
-
-
 def test_a_merged_model_computes_what_the_adapter_does(saved, frozen, clip, tmp_path):
     adapter, path = saved
     save_dit(frozen, tmp_path / "base.safetensors")
     changed = export_merged(
-        path, tmp_path / "base.safetensors", tmp_path / "merged.safetensors", gates=MIX, alpha_base=0.5
+        path,
+        tmp_path / "base.safetensors",
+        tmp_path / "merged.safetensors",
+        gates=MIX,
+        alpha_base=0.5,
+        any_base=True,
     )
     assert changed == 17
     merged = load_dit(tmp_path / "merged.safetensors")
@@ -251,8 +179,29 @@ def test_a_merged_model_computes_what_the_adapter_does(saved, frozen, clip, tmp_
     close(without_adapter(merged, clip), expected, without_adapter(frozen, clip))
     assert merged.config == frozen.config
     half = tmp_path / "half.safetensors"
-    export_merged(path, tmp_path / "base.safetensors", half, gates=MIX, dtype=torch.bfloat16)
+    export_merged(path, tmp_path / "base.safetensors", half, gates=MIX, dtype=torch.bfloat16, any_base=True)
     assert {parameter.dtype for parameter in load_dit(half).parameters()} == {torch.bfloat16}
+    with safe_open(tmp_path / "merged.safetensors", "pt") as handle:
+        said = handle.metadata()
+    source = json.loads(said["wanmoe_source"])
+    assert json.loads(said["gates"]) == MIX and said["noise_expert"] == "high"
+    assert source["alpha_base"] == 0.5 and source["alpha_expert"] == 1.0
+    assert source["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("base", ["keep", "svd"])
+def test_layers_of_an_image_encoder_are_left_out_where_there_is_none(frozen, base, tmp_path, caplog):
+    plain = kohya_file(tmp_path / "plain.safetensors")
+    key = "lora_unet_blocks_0_cross_attn_{}_img"
+    more = {key.format("k") + f".lora_{k}.weight": torch.ones(DIM, DIM) for k in ("down", "up")}
+    more[key.format("norm_k") + ".diff"] = torch.ones(DIM)
+    fast = kohya_file(tmp_path / "fast.safetensors", **more)
+    wanted = import_adapter(plain, copy.deepcopy(frozen), config=CONFIG, base=base).parameters()
+    with caplog.at_level(logging.INFO, "wanmoe"):
+        found = import_adapter(fast, frozen, config=CONFIG, base=base).parameters()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    assert [message for message in caplog.messages if "2 of its 42 layers are of an image" in message]
 
 
 def kohya_file(path, blocks=range(4), ranks=(6,), **more):
@@ -348,8 +297,9 @@ def test_what_no_adapter_can_hold_is_to_be_merged(frozen, tmp_path):
 
 def test_a_lora_for_another_model_is_refused(frozen, tmp_path):
     path = kohya_file(tmp_path / "lora.safetensors", blocks=(3, 4))
-    with pytest.raises(WanmoeError, match=r"changes blocks.4.cross_attn.k.* but this model has 4 blocks"):
-        import_adapter(path, frozen, config=CONFIG)
+    for base in ("keep", "svd"):
+        with pytest.raises(WanmoeError, match=r"changes blocks.4.cross_attn.k.* but this model has 4 blocks"):
+            import_adapter(path, frozen, config=CONFIG, base=base)
     wide = {"down": torch.ones(6, 32), "up": torch.ones(DIM, 6)}
     kohya_file(path, **{f"lora_unet_blocks_0_ffn_2.lora_{k}.weight": v for k, v in wide.items()})
     with pytest.raises(WanmoeError, match=r"blocks.0.ffn.2: the file has 32 -> 24, this model 40 -> 24"):

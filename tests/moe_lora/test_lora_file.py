@@ -272,6 +272,14 @@ def test_factors_stay_in_the_file_until_they_are_asked_for(tmp_path, monkeypatch
         ({"lora_unet_blocks_0_ffn_0.lora_down.weight": torch.zeros(2, 4),
           "lora_unet_blocks_0_ffn_0.lora_up.weight": torch.zeros(4, 2),
           "lora_unet_blocks_0_ffn_0.alpha": torch.tensor(float("nan"))}, "alpha / rank = nan"),
+        ({"lora_unet_blocks_0_ffn_0.lora_down.weight": torch.zeros(0, 4),
+          "lora_unet_blocks_0_ffn_0.lora_up.weight": torch.zeros(4, 0),
+          "lora_unet_blocks_0_ffn_0.alpha": torch.tensor(1.0)}, "blocks.0.ffn.0 has rank 0"),
+        (
+            {**folded(lambda name: f"transformer.{to_diffusers(name)}"),
+             **folded(lambda name: f"transformer_2.{to_diffusers(name)}")},
+            "a LoRA of each model of a pipeline",
+        ),
         (
             {"base_model.model.blocks.0.ffn.net.2.lora_A.weight": torch.zeros(2, 4),
              "base_model.model.blocks.0.ffn.net.2.lora_B.weight": torch.zeros(4, 2)},
@@ -347,6 +355,28 @@ def test_metadata_decide_the_side_before_the_name(tmp_path):
     assert read_lora(path).noise_expert == "low"
 
 
+def test_a_stated_side_is_normalised_or_refused_and_gives_way_to_what_is_asked_for(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    write_lora(path, factors(), metadata={"noise_expert": " High "})
+    assert read_lora(path).noise_expert == "high" and read_lora(path, "low").noise_expert == "low"
+    write_lora(path, factors(), metadata={"noise_expert": "upper"})
+    with pytest.raises(WanmoeError, match=r"lora.safetensors: .* noise expert 'upper', .* high, low, both"):
+        read_lora(path)
+    assert read_lora(path, "low").noise_expert == "low"
+
+
+def test_the_second_transformer_of_a_pipeline_is_the_low_noise_model(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    save_file(folded(lambda name: f"transformer_2.{to_diffusers(name)}"), path)
+    file = read_lora(path)
+    assert (file.format, file.noise_expert) == ("diffusers", "low")
+    assert_same(changes(file), truth())
+    stated = {"transformer_2.lora_alpha": 6, "transformer_2.r": 3}
+    metadata = {"lora_adapter_metadata": json.dumps(stated)}
+    save_file(folded(lambda name: f"transformer_2.{to_diffusers(name)}"), path, metadata=metadata)
+    assert read_lora(path).deltas["blocks.0.self_attn.q"].scale == 2.0
+
+
 @pytest.mark.parametrize("layout", ["comfyui", "diffusers", "peft"])
 def test_what_is_written_has_one_rank_and_reads_back(layout, tmp_path):
     path = tmp_path / ("lora" if layout == "peft" else "lora.safetensors")
@@ -375,6 +405,9 @@ def test_a_target_of_the_wrong_kind_is_refused(tmp_path):
         write_lora(tmp_path / "lora", factors())
     with pytest.raises(WanmoeError, match="a PEFT LoRA is a folder"):
         write_lora(tmp_path / "lora.safetensors", factors(), format="peft")
+    with pytest.raises(WanmoeError, match=r"a PEFT LoRA is a folder, .* without .mp4"):
+        write_lora(tmp_path / "lora.mp4", factors(), format="peft")
+    assert write_lora(tmp_path / "mix-0.5", factors(), format="peft") == 5
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(WanmoeError, match="a PEFT LoRA is a folder"):
         write_lora(tmp_path / "taken", factors(), format="peft")

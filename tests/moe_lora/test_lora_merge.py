@@ -1,5 +1,6 @@
 """LoRAs merged into the weights at load: W + strength * alpha / r * up @ down, once, in float32."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -129,10 +130,10 @@ def test_the_source_is_left_as_it_is_and_without_loras_nothing_changes(dit, tmp_
             {
                 **KOHYA,
                 "lora_unet_blocks_9_ffn_0.diff": (FFN, DIM),
-                "lora_unet_blocks_0_cross_attn_k_img.diff": (DIM, DIM),
+                "lora_unet_blocks_8_ffn_0.diff": (FFN, DIM),
             },
             "2 of the 4 parameters that it changes are not in this model: "
-            "blocks.0.cross_attn.k_img.weight, blocks.9.ffn.0.weight; is it a LoRA for another Wan?",
+            "blocks.8.ffn.0.weight, blocks.9.ffn.0.weight; is it a LoRA for another Wan?",
         ),
         ({"diffusion_model.blocks.1.self_attn.norm_q.diff_b": (DIM,)}, "blocks.1.self_attn.norm_q.bias"),
         (
@@ -174,6 +175,8 @@ def test_apply_refuses_a_parameter_of_another_shape(tmp_path):
         ("a.safetensors:0.7", LoRASpec(Path("a.safetensors"), 0.7)),
         ("dir/a.safetensors:-1:low", LoRASpec(Path("dir/a.safetensors"), -1.0, "low")),
         ("a.safetensors:high", LoRASpec(Path("a.safetensors"), 1.0, "high")),
+        ("a.safetensors:high:0.5", LoRASpec(Path("a.safetensors"), 0.5, "high")),
+        ("a.safetensors:0.5:HIGH", LoRASpec(Path("a.safetensors"), 0.5, "high")),
     ],
 )
 def test_a_lora_is_written_as_file_strength_side(text, spec):
@@ -184,8 +187,8 @@ def test_a_lora_is_written_as_file_strength_side(text, spec):
     ("text", "words"),
     [
         ("a.safetensors:strong", "'strong' is neither a strength nor high or low, and there is no file"),
-        ("a.safetensors:high:0.5", "'high' is neither a strength"),
-        ("a.safetensors:1:HIGH", "'HIGH' is neither a strength"),
+        ("a.safetensors:high:low", "'high' is neither a strength"),
+        ("a.safetensors:1:2", "'1' is neither a strength"),
         ("a.safetensors:inf", "the strength inf is not finite"),
         (":0.5", r"no file is named; write file\[:strength\]"),
         ("", "no file is named"),
@@ -219,5 +222,46 @@ def test_a_lora_goes_to_the_side_that_it_names(tmp_path):
     assert serves("plain") == serves("all") == (True, True)
     assert serves("plain", "low") == serves("all", "low") == serves("tool") == (False, True)
     assert serves("fast_high_noise") == serves("fast_high_noise", "high") == (True, False)
-    with pytest.raises(WanmoeError, match=r"belongs to the low noise expert, not .*tool.safetensors:0.5:low"):
-        serves("tool", "high")
+
+
+def test_a_side_that_is_asked_for_wins_over_the_file_and_is_said_once(dit, tmp_path, caplog):
+    path = tmp_path / "tool_low.safetensors"
+    write(path, KOHYA, {"noise_expert": "Low"})
+    spec = LoRASpec(path, side="high")
+    with caplog.at_level(logging.INFO, "wanmoe"):
+        assert (spec.serves("high"), spec.serves("low")) == (True, False)
+        merged = load_dit(dit.state_dict(), dit.config, loras=[spec]).state_dict()
+    changed = [name for name, value in dit.state_dict().items() if not torch.equal(merged[name], value)]
+    assert changed == ["blocks.0.self_attn.q.weight", "blocks.3.ffn.2.weight"]
+    (said,) = [message for message in caplog.messages if "tool_low" in message]
+    assert "'Low'; it is taken for the high noise expert" in said
+    write(path, KOHYA, {"noise_expert": "upper"})
+    with pytest.raises(WanmoeError, match=r"tool_low.*noise expert 'upper', .*--lora FILE:high"):
+        LoRASpec(path).serves("high")
+    assert spec.serves("high")
+
+
+def test_changes_of_an_image_encoder_are_left_out_where_there_is_none(dit, tmp_path, caplog):
+    plain, more = tmp_path / "plain.safetensors", tmp_path / "fast.safetensors"
+    first = write(plain, KOHYA)
+    extra = {
+        "lora_unet_blocks_0_cross_attn_k_img.lora_down.weight": torch.ones(2, DIM),
+        "lora_unet_blocks_0_cross_attn_k_img.lora_up.weight": torch.ones(DIM, 2),
+        "lora_unet_blocks_0_cross_attn_norm_k_img.diff": torch.ones(DIM),
+        "lora_unet_img_emb_proj_1.diff_b": torch.ones(DIM),
+    }
+    save_file(first | extra, more)
+    wanted = load_dit(dit.state_dict(), dit.config, loras=[LoRASpec(plain)]).state_dict()
+    with caplog.at_level(logging.INFO, "wanmoe"):
+        found = load_dit(dit.state_dict(), dit.config, loras=[LoRASpec(more)]).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert [m for m in caplog.messages if "3 of its 5 changes are of an image encoder" in m]
+
+
+@pytest.mark.parametrize("key", ["lora_unet_blocks_3_ffn_2.lora_up.weight", "lora_unet_blocks_3_ffn_2.diff"])
+def test_values_that_are_not_finite_are_not_merged(dit, tmp_path, key):
+    bad = torch.ones(DIM, 2 if "up" in key else FFN)
+    bad[0, 0] = float("nan")
+    write(tmp_path / "lora.safetensors", {**KOHYA, key: bad})
+    with pytest.raises(WanmoeError, match=r"lora.*blocks.3.ffn.2.weight: holds values that are not finite"):
+        load_dit(dit.state_dict(), dit.config, loras=[LoRASpec(tmp_path / "lora.safetensors")])

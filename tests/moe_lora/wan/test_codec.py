@@ -261,11 +261,18 @@ def test_a_missing_or_broken_file_is_one_clear_line(vae: AutoencoderKLWan, tmp_p
     save_file({k: v for k, v in vae.state_dict().items() if k != "decoder.conv_out.bias"}, short)
     empty = tmp_path / "empty"
     empty.mkdir()
-    for path in (tmp_path / "absent.pth", cut, text, other, short, empty):
+    lacking = tmp_path / "lacking"
+    vae.save_pretrained(lacking)
+    save_file(
+        {k: v for k, v in vae.state_dict().items() if k != "decoder.conv_out.bias"},
+        lacking / "diffusion_pytorch_model.safetensors",
+    )
+    for path in (tmp_path / "absent.pth", cut, text, other, short, empty, lacking):
         with pytest.raises(WanmoeError) as caught:
             load_vae(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
+    assert "1 weights are missing: decoder.conv_out.bias" in str(caught.value)
 
 
 def test_a_file_with_code_in_it_is_not_run(tmp_path: Path) -> None:

@@ -346,7 +346,10 @@ def test_a_frozen_base_adapter_before_the_split_acts_without_a_graph():
     state = split.prefix(x, t, context, gates=gates)
     assert state.x.grad_fn is None
     torch.testing.assert_close(split.tail(state, gates), truth, rtol=1e-5, atol=1e-5)
-    without = split.tail(split.prefix(x, t, context), gates)
+    bare = split.prefix(x, t, context)
+    with pytest.raises(WanmoeError, match="give prefix"):
+        split.tail(bare, gates)
+    without = split.tail(bare._replace(gated=True), gates)
     assert relative_error(without, truth) > 1e-3, "the base adapter of the prefix did nothing"
 
 

@@ -1,5 +1,7 @@
 """Schedules, solvers, the switch of noise experts and guidance."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from wanmoe.moe_lora.instruments import Expert
 from wanmoe.moe_lora.routing import Gates
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
-from wanmoe.moe_lora.wan.sampling import SOLVERS, TASK_DEFAULTS, make_schedule, sample
+from wanmoe.moe_lora.wan.sampling import SOLVERS, make_schedule, sample, sampling_defaults
 
 SHAPE = (2, 16, 2, 4, 4)
 
@@ -263,8 +265,20 @@ def test_image_tokens_are_doubled_with_the_batch():
     )  # fmt: skip
 
 
-def test_the_defaults_of_a_task_are_the_released_ones():
-    assert TASK_DEFAULTS == {"t2v": (12.0, 40, (3.0, 4.0)), "i2v": (5.0, 40, (3.5, 3.5))}
+@pytest.mark.parametrize(
+    ("preset", "changes", "two", "defaults"),
+    [
+        ("t2v-A14B", {}, True, (12.0, 40, (3.0, 4.0))),
+        ("i2v-A14B", {}, True, (5.0, 40, (3.5, 3.5))),
+        ("i2v-A14B", {}, False, (5.0, 40, (3.5, 3.5))),
+        ("t2v-1.3B", {}, False, (5.0, 50, (5.0, 5.0))),
+        ("i2v-14B", {}, False, (5.0, 40, (5.0, 5.0))),
+        ("i2v-14B", {"image_positions": 514}, False, (16.0, 50, (5.0, 5.0))),
+    ],
+)
+def test_the_defaults_of_a_model_are_the_released_ones(preset, changes, two, defaults):
+    config = dataclasses.replace(WanConfig.preset(preset), **changes)
+    assert sampling_defaults(config, two) == defaults
 
 
 def random_dit(seed, **changes):
