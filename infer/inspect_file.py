@@ -267,7 +267,9 @@ def _dit(path: Path) -> dict[str, Any]:
     named = (name for name in ("t2v-A14B", "i2v-A14B", "i2v-14B", "t2v-1.3B", "tiny"))
     sizes = next((name for name in named if WanConfig.preset(name) == config), None)
     folders = (path, path.parent)
-    side = next((found for place in folders if (found := noise_expert_of_name(place))), None)
+    metadata = open_weights(path).metadata
+    side = metadata.get("noise_expert")
+    side = side or next(filter(None, map(noise_expert_of_name, folders)), None)
     if side is None and layout == "diffusers":  # a pipeline of A14B: the second one is the low one
         folder = path if path.is_dir() else path.parent
         if (folder.parent / "transformer_2").is_dir():
@@ -276,7 +278,13 @@ def _dit(path: Path) -> dict[str, Any]:
         "format": f"Wan DiT, {layout} names",
         "task": config.task,
         "noise_expert": side,
-        "details": {"sizes_of": sizes or "no preset", "config": asdict(config)},
+        "details": {
+            **({} if side is None or "noise_expert" in metadata else {"side_told_by": "its place or name"}),
+            "sizes_of": sizes or "no preset",
+            "config": asdict(config),
+            **({"merged_from": source} if (source := _stated(metadata, "wanmoe_source", path)) else {}),
+            **({"gates": gates} if (gates := _stated(metadata, "gates", path)) else {}),
+        },
     }
 
 

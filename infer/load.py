@@ -31,12 +31,14 @@ PathLike = str | Path
 
 
 def adapter_paths(
-    given: PathLike | tuple[PathLike | None, PathLike | None] | None, two_sides: bool, any_base: bool
+    given: PathLike | Sequence[PathLike | None] | None, two_sides: bool, any_base: bool
 ) -> dict[str, Path]:
     """Adapter file of each side ("low", "high"), from one file or a pair (low, high)."""
     if given is None:
         return {}
-    if isinstance(given, tuple):
+    if not isinstance(given, str | Path):
+        if len(given) != 2:
+            raise WanmoeError(f"lora_moe_weights holds {len(given)} files; give one, or two (low, high)")
         paths = {n: Path(path) for n, path in zip(("low", "high"), given, strict=True) if path is not None}
     else:
         path = Path(given)

@@ -87,7 +87,7 @@ class LoRAMoEInference:
         *,
         vae_path: PathLike,
         t5_path: PathLike,
-        lora_moe_weights: PathLike | tuple[PathLike | None, PathLike | None] | None = None,
+        lora_moe_weights: PathLike | Sequence[PathLike | None] | None = None,
         dit_high_noise_path: PathLike | None = None,
         clip_path: PathLike | None = None,
         lora_moe_config_file: PathLike | None = None,

@@ -57,6 +57,8 @@ class Route(NamedTuple):
     """schedule, mix, hint, router, prompt, fallback or none."""
     frames: Tensor | None = None
     """[F, E] of a schedule."""
+    asked: str = ""
+    """What a hint or a mix named, which may be a name of the other taxonomy."""
 
     @property
     def experts(self) -> Tensor:
@@ -68,7 +70,8 @@ class Route(NamedTuple):
         if self.source == "none":
             return "no instrument in the prompt and no hint, so the base adapter alone"
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in self.gates.items() if weight > 0)
-        return f"experts from the {self.source}: {weights}"
+        how = {"schedule": " (mean over the clip)"}.get(self.source, f" ({self.asked})" if self.asked else "")
+        return f"experts from the {self.source}{how}: {weights}"
 
 
 def route(
@@ -84,13 +87,14 @@ def route(
     """
     config, experts = adapter.router_config, adapter.experts
     wish.check(experts, num_frames)
-    frames = None
+    frames, asked = None, ""
     if wish.schedule:
         frames = wish.over_frames(experts, num_frames, config.top_k)
         gates, source = frames.mean(0), "schedule"
     elif wish:
         gates = RuleRouter(experts).route(mix=wish.mix, hint=wish.hint)
         source = "mix" if wish.mix else "hint"
+        asked = ", ".join(wish.mix) if wish.mix else str(wish.hint)
     elif adapter.router is not None:
         with torch.no_grad():
             tokens = pool_text([pooled()]).to(adapter.router.out.weight.device)
@@ -99,4 +103,4 @@ def route(
         rules = RuleRouter(experts, config.top_k, config.temperature)
         otherwise = "fallback" if experts.fallback else "none"
         gates, source = rules.route(prompt=prompt), "prompt" if experts.find(prompt) else otherwise
-    return Route(dict(zip(experts.names, gates.tolist(), strict=True)), source, frames)
+    return Route(dict(zip(experts.names, gates.tolist(), strict=True)), source, frames, asked)

@@ -243,7 +243,7 @@ def _gates(path: Path, instrument: str | None, mix: dict[str, float] | None) -> 
         typer.echo(f"{path}: base adapter alone, {len(experts)} experts left out")
         return None
     gates = RuleRouter(experts).route(hint=instrument, mix=mix).tolist()
-    return {name: gate for name, gate in zip(experts.names, gates, strict=True) if gate}
+    return {name: round(gate, 6) for name, gate in zip(experts.names, gates, strict=True) if gate}
 
 
 def _export(path: Path, out: Path, to: Any, options: dict[str, Any]) -> None:

@@ -208,6 +208,7 @@ def _check(
 
 def _run(pipeline: Any, request: dict[str, Any], label: str) -> None:
     from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
     bar: tqdm[Any] | None = None
 
@@ -218,7 +219,8 @@ def _run(pipeline: Any, request: dict[str, Any], label: str) -> None:
         bar.update(step - bar.n)
 
     try:
-        pipeline.generate(**request, progress=progress)
+        with logging_redirect_tqdm():  # lines go above the bar, not into it
+            pipeline.generate(**request, progress=progress)
     finally:
         if bar is not None:
             bar.close()

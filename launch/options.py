@@ -61,6 +61,8 @@ def parse_mix(words: list[str]) -> dict[str, float] | None:
     """["Scissors=0.6", "Suction=0.4"] -> weights by name."""
     mix: dict[str, Any] = {}
     for word in words:
+        if word.count("=") > 1:
+            raise WanmoeError(f"--mix {word!r}: give --mix once for each expert")
         name, equals, weight = word.rpartition("=")
         try:
             mix[name] = float(weight)

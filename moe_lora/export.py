@@ -6,6 +6,7 @@ dW is what a file adds to the weight of one linear.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from .adapter_file import AdapterInfo, read_adapter
 from .errors import WanmoeError
 from .files import file_sha256
-from .lora_file import Delta, read_lora, write_lora
+from .lora_file import Delta, noise_expert_of_name, read_lora, write_lora
 from .lora_merge import LoRAMerge, LoRASpec
 from .low_rank import check_finite, concatenate, relative_error, truncate
 from .wan.weights import dit_hash, load_dit, read_dit_config, save_dit
@@ -27,6 +28,8 @@ __all__ = ["ExportReport", "LoRAFormat", "export_lora", "export_merged", "merge_
 LoRAFormat: TypeAlias = Literal["comfyui", "diffusers", "peft"]
 
 _LISTED = 4
+
+_logger = logging.getLogger(__name__)
 
 
 class ExportReport(NamedTuple):
@@ -170,6 +173,15 @@ def export_merged(
 
 def _check_base(adapter_path: str | Path, info: AdapterInfo, dit_path: str | Path) -> None:
     problems = []
+    side = noise_expert_of_name(dit_path)
+    if side and info.noise_expert not in ("both", side):
+        problems.append(
+            f"it belongs to the {info.noise_expert} noise expert, {dit_path} is {side} by its name"
+        )
+    if not info.base_sha256:
+        _logger.warning(
+            "%s: does not say its base, so whether %s is it was not checked", adapter_path, dit_path
+        )
     if info.task != (task := read_dit_config(dit_path)[0].task):
         problems.append(f"it was trained for {info.task}, {dit_path} is a {task} model")
     if info.base_sha256 and info.base_sha256 != (base := dit_hash(dit_path)):

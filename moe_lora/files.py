@@ -46,6 +46,10 @@ def write_atomic(
         write(temporary)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
+        # safetensors makes its files readable by their owner alone.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
         os.replace(temporary, path)
     except failures as error:
         cause = getattr(error, "strerror", None) or error

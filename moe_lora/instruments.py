@@ -168,23 +168,25 @@ class ExpertSet:
                         f"and {expert.name!r}; keep it in one"
                     )
                 self._patterns.append((index, _pattern(keyword)))
-        self._own = owner.keys() | {name.lower() for name in self.names}
+        self._owner = {keyword.rstrip("*"): name for keyword, name in owner.items()}
+        self._own = self._owner.keys() | {name.lower() for name in self.names}
         self.fallback = None if fallback is None else self.names[self.index(fallback)]
 
     def __len__(self) -> int:
         return len(self.experts)
 
     def index(self, name: str) -> int:
-        """Gate column of `name`; a keyword of exactly one expert ("bipolar") is accepted as its name."""
+        """Gate column of `name`, which may also be one of the keywords of an expert ("bipolar")."""
         wanted = name.strip().lower()
         for index, known in enumerate(self.names):
             if known.lower() == wanted:
                 return index
-        by_keyword = self.find(name)
-        if len(by_keyword) == 1:
-            return self.names.index(next(iter(by_keyword)))
-        near = difflib.get_close_matches(wanted, [known.lower() for known in self.names], n=1, cutoff=0.0)
-        nearest = next((known for known in self.names if known.lower() in near), self.names[0])
+        if wanted in self._owner:
+            return self.names.index(self._owner[wanted])
+        spelled = {known.lower(): known for known in [*self._owner, *self.names]}
+        names = [known.lower() for known in self.names]
+        near = difflib.get_close_matches(wanted, spelled, n=1, cutoff=0.75)
+        nearest = spelled[(near or difflib.get_close_matches(wanted, names, n=1, cutoff=0.0))[0]]
         raise WanmoeError(
             f"unknown expert {name!r}; nearest is {nearest!r}, known are: {', '.join(self.names)}"
         )

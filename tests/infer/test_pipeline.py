@@ -124,6 +124,7 @@ def test_a_mix_goes_before_a_hint_and_a_hint_before_the_prompt(inference: LoRAMo
         {"Scissors": 0.0, HOOK: 1.0, SUCTION: 0.0, "Other": 0.0},
         "hint",
         None,
+        HOOK,
     )
     assert inference.route("剪刀")["low"].source == "prompt"
     assert inference.route("剪刀")["low"].gates["Scissors"] == 1.0
@@ -339,7 +340,9 @@ def test_a_schedule_moves_from_one_expert_to_another_inside_the_clip(
 
 
 def test_a_hint_is_understood_in_either_taxonomy(inference: LoRAMoEInference) -> None:
-    assert inference.route("tissue", "bipolar") == inference.route("tissue", HOOK)
+    bipolar, hook = (inference.route("tissue", name)["low"] for name in ("bipolar", HOOK))
+    assert bipolar.gates == hook.gates
+    assert "from the hint (bipolar): Hook/Electrocautery 1.00" in bipolar.describe()
     assert inference.route("tissue", "clipper")["low"].gates["Other"] == 1.0
     assert inference.route("tissue", mix={"irrigator": 1, "Scissors": 1})["low"].gates[SUCTION] == 0.5
 

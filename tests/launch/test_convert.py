@@ -1,6 +1,7 @@
 """`wanmoe convert` and `wanmoe inspect`: every format there and back, and one line for what cannot be."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -147,6 +148,8 @@ def test_inspect_tells_an_adapter_from_its_model(files, command):
         (("low.safetensors", "--to", "wanmoe"), "is an adapter of wanmoe already"),
         (("dit.safetensors", "--to", "comfyui"), "none of a LoRA on Wan"),
         (("low.safetensors", "--to", "comfyui", "--instrument", "stapler"), "unknown expert 'stapler'"),
+        (("low.safetensors", "--to", "comfyui", "--instrument", "graspr"), "nearest is 'grasper'"),
+        (("low.safetensors", "--to", "comfyui", "--mix", "hook=1, Suction=1"), "--mix once for each expert"),
         (("low.safetensors", "low.safetensors", "--to", "comfyui"), "belong to the noise experts low, low"),
         (
             ("low.safetensors", "high.safetensors", "--to", "merged", "--dit", "dit.safetensors"),
@@ -363,3 +366,21 @@ def test_a_file_of_the_fork_with_its_config_beside_it(files, command, tmp_path):
     )  # fmt: skip
     assert code == 0, error
     assert read_adapter(tmp_path / "a.safetensors")[0].adapter.expert_set.names == ["hook"]
+
+
+def test_a_model_that_is_called_by_the_other_side_is_not_merged_into(files, command, tmp_path):
+    model = tmp_path / "dit_high_noise.safetensors"
+    model.write_bytes((files / "dit.safetensors").read_bytes())
+    words = ("convert", files / "low.safetensors", "--to", "merged", "--dit", model, "--instrument", "hook")
+    code, _, error = command(*words, "--out", tmp_path / "m.safetensors")
+    assert code == 2 and "belongs to the low noise expert" in error and "is high by its name" in error
+    assert command(*words, "--any_base", "--out", tmp_path / "m.safetensors")[0] == 0
+    code, said, _ = command("inspect", tmp_path / "m.safetensors")
+    assert code == 0 and "merged from" in said and "low.safetensors" in said and HOOK in said
+    assert (tmp_path / "m.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
