@@ -31,7 +31,10 @@ PathLike = str | Path
 
 
 def adapter_paths(
-    given: PathLike | Sequence[PathLike | None] | None, two_sides: bool, any_base: bool
+    given: PathLike | Sequence[PathLike | None] | None,
+    two_sides: bool,
+    any_base: bool,
+    config_file: Path | None = None,
 ) -> dict[str, Path]:
     """Adapter file of each side ("low", "high"), from one file or a pair (low, high)."""
     if given is None:
@@ -42,7 +45,7 @@ def adapter_paths(
         paths = {n: Path(path) for n, path in zip(("low", "high"), given, strict=True) if path is not None}
     else:
         path = Path(given)
-        side = noise_expert_of(path) if two_sides else "low"
+        side = noise_expert_of(path, config_file) if two_sides else "low"
         paths = {name: path for name in ("low", "high") if side in (name, "both")}
     if two_sides:
         return paths
@@ -52,7 +55,7 @@ def adapter_paths(
             "dit_high_noise_path (--dit_high_noise) too"
         )
     for path in paths.values():
-        if noise_expert_of(path) == "high" and not any_base:
+        if noise_expert_of(path, config_file) == "high" and not any_base:
             raise WanmoeError(
                 f"adapter {path} belongs to the high noise expert, and there is only one model: give that "
                 "expert as dit_high_noise_path (--dit_high_noise), or pass any_base (--any_base) to load it "
@@ -61,11 +64,11 @@ def adapter_paths(
     return paths
 
 
-def noise_expert_of(path: Path) -> str:
+def noise_expert_of(path: Path, config_file: Path | None = None) -> str:
     """The side that an adapter or LoRA file says it belongs to; "both" where it does not say."""
     if is_adapter(path):
         return read_adapter_info(path).noise_expert
-    stated = read_fork(path).noise_expert if is_fork(path) else read_lora(path).noise_expert
+    stated = read_fork(path, config_file).noise_expert if is_fork(path) else read_lora(path).noise_expert
     return stated or "both"
 
 

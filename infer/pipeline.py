@@ -63,7 +63,8 @@ class LoRAMoEInference:
         dit_high_noise_path: the high-noise model; None runs `dit_path` at every noise level.
         clip_path: image encoder of a Wan2.1 i2v model, as `load_clip` takes it; Wan2.2 has none.
         lora_moe_config_file: the config of a fork file that does not carry its own.
-        loras: LoRAs to merge into the base while it is read, e.g. for few-step sampling.
+        loras: LoRAs to merge into the base while it is read, e.g. for few-step sampling; as `LoRASpec` or as
+            `file[:strength][:high|low]`.
         alpha_base, alpha_expert: strength of the base adapter and of the experts.
         device: where the DiTs and the codec run; None is cuda where there is one. The text encoder runs on
             the CPU, and is released after use. With two DiTs the inactive one waits in host memory.
@@ -91,7 +92,7 @@ class LoRAMoEInference:
         dit_high_noise_path: PathLike | None = None,
         clip_path: PathLike | None = None,
         lora_moe_config_file: PathLike | None = None,
-        loras: Sequence[LoRASpec] = (),
+        loras: Sequence[LoRASpec | str] = (),
         alpha_base: float = 0.7,
         alpha_expert: float = 1.0,
         device: str | torch.device | None = None,
@@ -114,7 +115,9 @@ class LoRAMoEInference:
         paths = {"low": Path(dit_path)}
         if dit_high_noise_path is not None:
             paths["high"] = Path(dit_high_noise_path)
-        adapters = adapter_paths(lora_moe_weights, "high" in paths, any_base)
+        config_file = None if lora_moe_config_file is None else Path(lora_moe_config_file)
+        adapters = adapter_paths(lora_moe_weights, "high" in paths, any_base, config_file)
+        merges = [LoRASpec.parse(lora) if isinstance(lora, str) else lora for lora in loras]
         # Everything that is small is read before the DiTs, so that what is wrong shows at once.
         for name, path in paths.items():
             config = read_dit_config(path)[0]
@@ -122,7 +125,7 @@ class LoRAMoEInference:
             check_model(config, path)
             if name == "low":
                 self.config = config
-        _check_loras(loras, paths)
+        _check_loras(merges, paths)
         self.codec = load_vae(vae_path, device=self.device, tile=_TILE if vae_tiling else None)
         self.clip = self._load_clip(clip_path, paths["low"])
         self._text = PromptEncoder(
@@ -144,8 +147,8 @@ class LoRAMoEInference:
                 adapters.get(name),
                 dtype=dtype,
                 any_base=any_base,
-                loras=loras,
-                config_file=None if lora_moe_config_file is None else Path(lora_moe_config_file),
+                loras=merges,
+                config_file=config_file,
                 fold_timestep=fold_timestep,
             )
             one = len(paths) == 1 or self.device.type == "cpu"
@@ -154,9 +157,9 @@ class LoRAMoEInference:
                 names = ", ".join(side.untrained)
                 _log.warning("%s: never trained, so without effect: %s", adapters[name], names)
             self.sides[name] = side
-        hashes = {file: dit_hash(file) for file in (*adapters.values(), *(lora.path for lora in loras))}
+        hashes = {file: dit_hash(file) for file in (*adapters.values(), *(lora.path for lora in merges))}
         self._facts = {
-            **facts(paths, adapters, hashes, loras),
+            **facts(paths, adapters, hashes, merges),
             "codec": self.codec.name + (" (stand-in)" if self.codec.stand_in else ""),
             "text_encoder": self._text.name + (" (stand-in)" if self._text.stand_in else ""),
         }

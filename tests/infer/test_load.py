@@ -1,7 +1,10 @@
 """Prompts are encoded once, each for itself; adapters of any format say side and experts."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from wanmoe.infer.load import PromptEncoder, adapter_paths, check_task, experts_of, noise_expert_of
 from wanmoe.moe_lora.errors import WanmoeError
@@ -53,3 +56,18 @@ def test_a_task_is_checked_where_it_is_given(tmp_path):
     check_task("i2v-14B", "i2v", tmp_path)
     with pytest.raises(WanmoeError, match="this is a i2v model, but the task is t2v"):
         check_task("t2v", "i2v", tmp_path)
+
+
+def test_a_fork_file_without_a_config_of_its_own_is_read_with_the_one_beside_it(tmp_path):
+    parts = {"base_lora_down": (2, 4), "base_lora_up": (4, 2)}
+    parts |= {"expert_lora_down.0": (2, 4), "expert_lora_up.0": (4, 2)}
+    tensors = {f"lora_moe_0.{name}.weight": torch.ones(shape) for name, shape in parts.items()}
+    save_file(tensors, tmp_path / "fork.safetensors")
+    config = {"alpha": 2, "expert_names": ["hook"], "module_ranks": {"blocks.0.attn1.q": 2}}
+    (tmp_path / "fork.json").write_text(json.dumps({**config, "lora_dim": 2, "num_experts": 1}))
+    path, beside = tmp_path / "fork.safetensors", tmp_path / "fork.json"
+    assert adapter_paths(path, True, False, beside) == {"low": path, "high": path}
+    assert adapter_paths(path, False, False, beside) == {"low": path}
+    assert experts_of(path, beside).names == ["hook"]
+    with pytest.raises(WanmoeError, match="config file"):
+        adapter_paths(path, True, False)
