@@ -6,7 +6,7 @@ B clips of a call, F latent frames, E experts, L tokens of one clip.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -177,11 +177,15 @@ class Denoiser:
         gates = self._gates(t)
         rows = None if gates is None else gates.experts[: gates.experts.shape[0] // len(t)]
         self.cast.note(self.side.name, float(t[0]), rows)
-        conditions = (context, image_latent, image_context)
+
+        def run(gates: Gates | None) -> Tensor:
+            v: Tensor = self.side.dit(x, t, context, gates, image_latent, image_context)
+            return v
+
         if gates is None or not self.side.merged:
-            return self._run(x, t, gates, conditions)
+            return run(gates)
         assert rows is not None
-        return self._run_merged(x, t, gates, rows[0].tolist(), conditions)
+        return self._run_merged(run, gates, rows[0].tolist())
 
     def _gates(self, t: Tensor) -> Gates | None:
         if self.side.adapter is None:
@@ -189,33 +193,17 @@ class Denoiser:
         experts = self.experts.to(t.device).expand(len(t), *self.experts.shape)
         return self.side.adapter.gates(experts, t, tokens=self.tokens, **self.alphas)
 
-    def _run(
-        self,
-        x: Tensor,
-        t: Tensor,
-        gates: Gates | None,
-        conditions: tuple[Tensor | Sequence[Tensor], Tensor | None, Tensor | None],
-    ) -> Tensor:
-        context, image_latent, image_context = conditions
-        v: Tensor = self.side.dit(x, t, context, gates, image_latent, image_context)
-        return v
-
     def _run_merged(
-        self,
-        x: Tensor,
-        t: Tensor,
-        gates: Gates,
-        experts: list[float],
-        conditions: tuple[Tensor | Sequence[Tensor], Tensor | None, Tensor | None],
+        self, run: Callable[[Gates | None], Tensor], gates: Gates, experts: list[float]
     ) -> Tensor:
         """With merged weights; the first call under new gates is made both ways, to say what that costs."""
         label = f"{self.side.name} noise, gates {', '.join(f'{gate:.3g}' for gate in experts)}"
         exact = None
         if label not in self.cast.errors:
             self.side.unmerge()
-            exact = self._run(x, t, gates, conditions)
+            exact = run(gates)
         self.side.merge(self.alphas["alpha_base"], experts)
-        v = self._run(x, t, None, conditions)
+        v = run(None)
         if exact is not None:
             error = float((v - exact).norm() / exact.norm().clamp_min(1e-30))
             self.cast.errors[label] = error

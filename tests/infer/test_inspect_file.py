@@ -132,7 +132,7 @@ def test_a_file_of_the_fork_without_its_config_shows_what_its_tensors_do(fork_fi
     named = inspect_file(fork_file)
     bare, config = tmp_path / "bare_low.safetensors", tmp_path / "fork.json"
     if fork_file.suffix == ".pt":
-        content = torch.load(fork_file)
+        content = torch.load(fork_file, weights_only=True)
         config.write_text(json.dumps(content.pop("config")))
         torch.save(content, bare := tmp_path / "bare_low.pt")
     else:

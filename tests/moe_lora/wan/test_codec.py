@@ -1,7 +1,7 @@
 """Codecs: the stand-in wavelet's algebra, and the Wan VAE against direct calls of diffusers."""
 
 import os
-import weakref
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -291,30 +291,10 @@ def test_a_vae_of_another_size_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_file_is_read_once_and_never_a_second_time_in_memory(
-    vae: AutoencoderKLWan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vae: AutoencoderKLWan, tmp_path: Path, watch_reads: Callable[..., list[str]]
 ) -> None:
     save_file(_original_layout(vae.state_dict()), path := tmp_path / "vae.safetensors")
-    read: list[str] = []
-    alive: list[weakref.ref[torch.Tensor]] = []
-    open_weights = codec_module.open_weights
-
-    def watched(source):  # type: ignore[no-untyped-def]
-        weights = open_weights(source)
-
-        def one(name, stored):  # type: ignore[no-untyped-def]
-            def take() -> torch.Tensor:
-                # The tensor of before may still be in the caller's hand, those before it not.
-                assert sum(each() is not None for each in alive) <= 1, "what was read is still in memory"
-                tensor = stored.read()
-                read.append(name)
-                alive.append(weakref.ref(tensor))
-                return tensor
-
-            return stored._replace(read=take)
-
-        return weights._replace(tensors={name: one(name, t) for name, t in weights.tensors.items()})
-
-    monkeypatch.setattr(codec_module, "open_weights", watched)
+    read = watch_reads(codec_module)
     codec = load_vae(path, dtype=torch.bfloat16)
     assert sorted(read) == sorted(_original_layout(vae.state_dict()))
     assert {parameter.dtype for parameter in codec.parameters()} == {torch.bfloat16}

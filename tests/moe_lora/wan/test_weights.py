@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import weakref
 
 import pytest
 import torch
@@ -330,31 +329,13 @@ def test_the_hash_is_that_of_the_bytes(state, tmp_path):
     assert dit_hash(folder) != before
 
 
-def test_a_model_is_read_once_and_never_a_second_time_in_memory(state, tmp_path, monkeypatch):
+def test_a_model_is_read_once_and_never_a_second_time_in_memory(state, tmp_path, watch_reads):
     """Also while other LoRAs are merged into it and its dtype is changed."""
     save_file(state, path := tmp_path / "dit.safetensors")
     name = "blocks.0.self_attn.q"
     width = state[f"{name}.weight"].shape[0]
     write_lora(tmp_path / "lora.safetensors", {name: (torch.ones(2, width), torch.ones(width, 2))})
-    read, alive, real = [], [], weights.open_weights
-
-    def watched(source):
-        found = real(source)
-
-        def one(key, stored):
-            def take():
-                # The tensor of before may still be in the caller's hand, those before it not.
-                assert sum(each() is not None for each in alive) <= 1, "what was read is still in memory"
-                tensor = stored.read()
-                read.append(key)
-                alive.append(weakref.ref(tensor))
-                return tensor
-
-            return stored._replace(read=take)
-
-        return found._replace(tensors={key: one(key, t) for key, t in found.tensors.items()})
-
-    monkeypatch.setattr(weights, "open_weights", watched)
+    read = watch_reads(weights)
     specs = [LoRASpec(tmp_path / "lora.safetensors", 0.5)]
     dit = load_dit(path, dtype=torch.bfloat16, loras=specs)
     assert sorted(read) == sorted(state)
