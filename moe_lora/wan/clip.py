@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import WanmoeError
-from .codec import file_digest, first_line
+from .codec import file_digest, load_pretrained
 from .weight_files import StoredTensor, fill_module, open_weights, weight_files
 
 # Of the pictures that CLIP was trained on (official wan/modules/clip.py).
@@ -114,16 +114,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> Any:
 
     if not (folder / "config.json").is_file():
         raise WanmoeError(f"CLIP {folder}: the folder has no config.json, so it is no CLIP image encoder")
-    try:
-        loaded: Any = CLIPVisionModel.from_pretrained(
-            folder, local_files_only=True, dtype=dtype or "auto", output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise WanmoeError(f"CLIP {folder}: cannot be loaded as CLIP: {first_line(error)}") from error
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise WanmoeError(f"CLIP {folder}: {len(missing)} weights are missing: {', '.join(missing[:3])}")
-    return model
+    return load_pretrained(CLIPVisionModel, f"CLIP {folder}", folder, "CLIP", dtype=dtype or "auto")
 
 
 def _load_original(path: Path, dtype: torch.dtype | None, device: str | torch.device) -> Any:

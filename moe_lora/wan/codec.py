@@ -295,17 +295,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> WanVAE:
         folder = folder / "vae"
     if not (folder / "config.json").is_file():
         raise WanmoeError(f"codec {folder}: the folder has no config.json, so it is not a diffusers VAE")
-    try:
-        loaded: Any = AutoencoderKLWan.from_pretrained(
-            folder, local_files_only=True, torch_dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise WanmoeError(
-            f"codec {folder}: cannot be loaded as AutoencoderKLWan: {first_line(error)}"
-        ) from error
-    vae, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise WanmoeError(f"codec {folder}: {len(missing)} weights are missing: {', '.join(missing[:3])}")
+    vae = load_pretrained(AutoencoderKLWan, f"codec {folder}", folder, "AutoencoderKLWan", torch_dtype=dtype)
     _check_config(folder, vae.config.z_dim, bool(vae.config.is_residual))
     weights = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
     return WanVAE(vae, weights, tuple(vae.config.latents_mean), tuple(vae.config.latents_std))
@@ -342,6 +332,21 @@ def _check_config(path: Path, channels: int, residual: bool) -> None:
         raise WanmoeError(
             f"codec {path}: a VAE of {channels} latent channels; the models here use the Wan 2.1 VAE with 16"
         )
+
+
+def load_pretrained(kind: Any, label: str, folder: Path, name: str, **options: Any) -> Any:
+    """The model of a diffusers or transformers class in a folder, none of its weights missing.
+
+    Raises `WanmoeError` that begins with `label` and calls the kind of model by `name`.
+    """
+    try:
+        loaded: Any = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise WanmoeError(f"{label}: cannot be loaded as {name}: {first_line(error)}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise WanmoeError(f"{label}: {len(missing)} weights are missing: {', '.join(missing[:3])}")
+    return model
 
 
 def file_digest(files: list[Path]) -> str:

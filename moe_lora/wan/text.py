@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WanmoeError
-from .codec import file_digest, first_line
+from .codec import file_digest, first_line, load_pretrained
 from .weight_files import StoredTensor, fill_module, open_weights
 
 MAX_LENGTH = 512
@@ -259,19 +259,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> Any:
 
     if not (folder / "config.json").is_file():
         raise WanmoeError(f"text encoder {folder}: the folder has no config.json, so it is no umT5 encoder")
-    try:
-        loaded: Any = UMT5EncoderModel.from_pretrained(
-            folder, local_files_only=True, dtype=dtype or "auto", output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise WanmoeError(f"text encoder {folder}: cannot be loaded as umT5: {first_line(error)}") from error
-    model, report = loaded
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise WanmoeError(
-            f"text encoder {folder}: {len(report['missing_keys'])} weights are missing: {missing}"
-        )
-    return model
+    return load_pretrained(UMT5EncoderModel, f"text encoder {folder}", folder, "umT5", dtype=dtype or "auto")
 
 
 _LAYER_NAMES = {
