@@ -27,11 +27,11 @@ from ..moe_lora.video import read_video, to_frames, write_video
 from ..moe_lora.wan.codec import load_vae
 from ..moe_lora.wan.text import load_text_encoder
 from ..train import ShardDataset
-from ..train.batch import main_instrument
-from ..train.clips import Clip, clips_from_folder, instrument_names, read_clip_list
+from ..train.data.batch import main_instrument
+from ..train.data.clips import Clip, clips_from_folder, instrument_names, read_clip_list
+from ..train.data.prepare import label as label_of
+from ..train.data.prepare import prepare
 from ..train.evaluate import evaluate_files, held_out_gates
-from ..train.prepare import label as label_of
-from ..train.prepare import prepare
 from ..train.synth import synth_clips
 from ..train.tracking import read_metrics
 from .config import Config, parse_config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..moe_lora import WanmoeError
 from ..moe_lora.adapter_file import is_adapter, read_adapter
 from ..train import ShardDataset
-from ..train.batch import LabelGates, check_labels
+from ..train.data.batch import LabelGates, check_labels
 from ..train.engine import check_versions
 from ..train.model import check_router
 from ..train.stages import STAGES, stage_name

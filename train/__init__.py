@@ -1,6 +1,6 @@
 """The training room: clips to shards to batches, objective, stages, engine, loop, checkpoint, tracking."""
 
-from .shard_check import verify_shards
-from .shards import ShardDataset
+from .data.shards import ShardDataset
+from .data.verify import verify_shards
 
 __all__ = ["ShardDataset", "verify_shards"]

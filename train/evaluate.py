@@ -17,10 +17,10 @@ from ..moe_lora.adapter_file import read_adapter
 from ..moe_lora.routing import LearnedRouter, RuleRouter, pool_text, top_k
 from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weights import dit_hash, load_dit
-from .batch import Batch, LabelGates, main_instrument
+from .data.batch import Batch, LabelGates, main_instrument
+from .data.shards import ShardDataset
 from .engine import RoutedDiT
 from .model import side_of
-from .shards import ShardDataset
 from .stages import STAGES, StageSpec
 from .validate import LEVELS, held_out_losses, levels_within
 

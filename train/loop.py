@@ -25,12 +25,12 @@ from ..moe_lora.routing import teacher_kl
 from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weights import save_dit
 from . import checkpoint
-from .batch import Batch, LabelGates, TrainBatches, check_labels
 from .config import TrainerConfig
+from .data.batch import Batch, LabelGates, TrainBatches, check_labels
+from .data.shards import ShardDataset
 from .engine import RoutedDiT, agree, init_distributed, make_engine, set_lr, uses_bf16
 from .model import check_text_width, file_hashes, load_model, local_files, side_of, side_range
 from .objective import draw_t, flow_matching_loss, noised, sample_generator
-from .shards import ShardDataset
 from .stages import STAGES, StageSpec, select_trainable, stage_name
 from .tracking import Tracker
 from .validate import held_out_losses, levels_within

@@ -15,7 +15,7 @@ from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weight_files import weight_files
 from ..moe_lora.wan.weights import dit_hash, load_dit
 from .config import TrainerConfig
-from .shards import ShardDataset
+from .data.shards import ShardDataset
 from .stages import STAGES, StageSpec, stage_name
 
 

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .batch import Batch, LabelGates, collate
+from .data.batch import Batch, LabelGates, collate
+from .data.shards import ShardDataset
 from .objective import flow_matching_loss, noised, sample_generator
-from .shards import ShardDataset
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 # Not the seed of the run: runs of different seeds are compared on the same noise.

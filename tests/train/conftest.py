@@ -15,7 +15,7 @@ from wanmoe.launch.launcher import command, environment
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
 from wanmoe.moe_lora.wan.weights import save_dit
-from wanmoe.train.shard_writer import ShardWriter
+from wanmoe.train.data.shard_writer import ShardWriter
 
 NAMES = ("Scissors", "Hook/Electrocautery", "Suction", "Other")
 STAND_IN = {"name": "test", "fingerprint": "0" * 64, "stand_in": True}

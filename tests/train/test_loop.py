@@ -18,7 +18,7 @@ from wanmoe.moe_lora import AdapterConfig, import_adapter, save_adapter
 from wanmoe.moe_lora.adapter_file import read_adapter
 from wanmoe.moe_lora.lora_file import write_lora
 from wanmoe.moe_lora.wan.weights import load_dit
-from wanmoe.train.shard_writer import ShardWriter
+from wanmoe.train.data.shard_writer import ShardWriter
 from wanmoe.train.tracking import read_metrics
 
 STAND_IN = {"name": "test", "fingerprint": "0" * 64, "stand_in": True}

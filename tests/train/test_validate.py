@@ -6,7 +6,7 @@ import torch
 from wanmoe.moe_lora import AdapterConfig, ExpertSet, RouterConfig, attach, save_adapter
 from wanmoe.moe_lora.wan.weights import load_dit
 from wanmoe.train import ShardDataset
-from wanmoe.train.batch import LabelGates
+from wanmoe.train.data.batch import LabelGates
 from wanmoe.train.evaluate import evaluate, evaluate_files, held_out_gates
 from wanmoe.train.validate import LEVELS, held_out_losses, levels_within
 

@@ -15,7 +15,7 @@ from wanmoe.kernels.bench import gpu
 
 ROOT = Path(__file__).resolve().parents[3]
 ENDLESS = (sys.executable, "-c", "while True: pass")
-NEEDS_MORE = {"tests/train/test_prepare.py"}
+NEEDS_MORE = {"tests/train/data/test_prepare.py"}
 """GPU tests that are left out: they want more packages than the benchmark."""
 
 

@@ -9,8 +9,8 @@ import torch
 
 from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.moe_lora.video import VideoInfo, write_video
-from wanmoe.train.clips import Clip, clips_from_folder, instrument_names, read_clip_list, windows
-from wanmoe.train.splits import assign_splits
+from wanmoe.train.data.clips import Clip, clips_from_folder, instrument_names, read_clip_list, windows
+from wanmoe.train.data.splits import assign_splits
 
 INFO = VideoInfo(fps=30.0, frames=77, height=48, width=64)
 GOOD = {"video_path": "a.mp4", "caption": "Scissors cut."}

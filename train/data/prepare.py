@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from ..moe_lora.errors import WanmoeError
-from ..moe_lora.files import file_sha256
-from ..moe_lora.instruments import ExpertSet
-from ..moe_lora.video import Fit, VideoEndError, VideoInfo, iter_windows, to_model, video_info
-from ..moe_lora.wan.codec import Codec, image_condition
-from ..moe_lora.wan.text import TextEncoder, encode_prompts
+from ...moe_lora.errors import WanmoeError
+from ...moe_lora.files import file_sha256
+from ...moe_lora.instruments import ExpertSet
+from ...moe_lora.video import Fit, VideoEndError, VideoInfo, iter_windows, to_model, video_info
+from ...moe_lora.wan.codec import Codec, image_condition
+from ...moe_lora.wan.text import TextEncoder, encode_prompts
 from .clips import Clip, Window, windows
 from .region import latent_region, read_masks, window_tips
 from .shard_writer import ShardWriter

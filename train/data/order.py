@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ..moe_lora.errors import WanmoeError
+from ...moe_lora.errors import WanmoeError
 
 
 def position_to_index(position: int, n: int, seed: int, weights: Sequence[float] | None = None) -> int:

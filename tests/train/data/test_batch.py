@@ -5,7 +5,7 @@ import torch
 
 from wanmoe.moe_lora import Expert, ExpertSet, RouterConfig, WanmoeError
 from wanmoe.train import ShardDataset
-from wanmoe.train.batch import LabelGates, TrainBatches, check_labels, instrument_weights
+from wanmoe.train.data.batch import LabelGates, TrainBatches, check_labels, instrument_weights
 
 EXPERTS = ExpertSet()
 

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..moe_lora.errors import WanmoeError
-from ..moe_lora.video import Fit
+from ...moe_lora.errors import WanmoeError
+from ...moe_lora.video import Fit
 from .clips import Clip
 
 _TIP_RADIUS = 0.08  # of the shorter side: the region about a tip where neither mask nor box is given

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ..moe_lora.errors import WanmoeError
+from ...moe_lora.errors import WanmoeError
+from ..staging import Staging
 from .shards import FORMAT, LATENT, META, NULL, ROI, TEXT, ShardError, histogram, is_shard_file
-from .staging import Staging
 
 
 class ShardWriter:

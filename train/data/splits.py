@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..moe_lora.errors import WanmoeError
-from ..moe_lora.video import VideoInfo
+from ...moe_lora.errors import WanmoeError
+from ...moe_lora.video import VideoInfo
 from .clips import Clip, window_span
 
 

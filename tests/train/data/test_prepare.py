@@ -15,11 +15,11 @@ from wanmoe.moe_lora.instruments import SURGICAL, Expert, ExpertSet
 from wanmoe.moe_lora.video import Fit, read_video, to_model, write_video
 from wanmoe.moe_lora.wan.codec import load_vae
 from wanmoe.moe_lora.wan.text import HashTextEncoder
-from wanmoe.train.clips import Clip, clips_from_folder, instrument_names, read_clip_list
-from wanmoe.train.prepare import label, prepare
-from wanmoe.train.region import latent_region, pool, window_tips
-from wanmoe.train.shard_check import verify_shards
-from wanmoe.train.shards import ShardDataset
+from wanmoe.train.data.clips import Clip, clips_from_folder, instrument_names, read_clip_list
+from wanmoe.train.data.prepare import label, prepare
+from wanmoe.train.data.region import latent_region, pool, window_tips
+from wanmoe.train.data.shards import ShardDataset
+from wanmoe.train.data.verify import verify_shards
 from wanmoe.train.synth import synth_clips
 
 EXPERTS = ExpertSet(SURGICAL)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..moe_lora import ExpertSet, RouterConfig, WanmoeError
-from ..moe_lora.routing import RuleRouter, pool_text
+from ...moe_lora import ExpertSet, RouterConfig, WanmoeError
+from ...moe_lora.routing import RuleRouter, pool_text
 from .order import batch_indices
 from .shards import Sample, ShardDataset
 

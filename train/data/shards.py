@@ -23,7 +23,7 @@ from safetensors.torch import load
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..moe_lora.errors import WanmoeError
+from ...moe_lora.errors import WanmoeError
 
 FORMAT = "wanmoe-shards/1"
 LATENT, TEXT, ROI, META = "latent.safetensors", "text.safetensors", "roi.safetensors", "json"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..moe_lora.errors import WanmoeError
-from ..moe_lora.video import VideoInfo, frame_at
+from ...moe_lora.errors import WanmoeError
+from ...moe_lora.video import VideoInfo, frame_at
 
 SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
 _SECONDS = re.compile(r"\s*\[\d+(\.\d+)?s\]\s*$")  # the ` [3s]` that some tools append to a line

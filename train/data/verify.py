@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..moe_lora.files import file_sha256
+from ...moe_lora.files import file_sha256
 from .shards import (
     Sample,
     ShardDataset,

@@ -13,11 +13,11 @@ import webdataset
 from safetensors.torch import load
 
 from wanmoe.moe_lora.errors import WanmoeError
-from wanmoe.train import shard_writer
-from wanmoe.train.order import batch_indices, position_to_index
-from wanmoe.train.shard_check import verify_shards
-from wanmoe.train.shard_writer import ShardWriter
-from wanmoe.train.shards import ShardDataset, ShardError
+from wanmoe.train.data import shard_writer
+from wanmoe.train.data.order import batch_indices, position_to_index
+from wanmoe.train.data.shard_writer import ShardWriter
+from wanmoe.train.data.shards import ShardDataset, ShardError
+from wanmoe.train.data.verify import verify_shards
 
 CODEC = {"name": "test", "fingerprint": "c0", "stand_in": True}
 TEXT = {"name": "test", "fingerprint": "t0", "stand_in": True}
