@@ -91,7 +91,7 @@ def prepare(
     """Encode clips into latent shards: latent, text, ROI and labels, verified by checksums."""
     from ..moe_lora.wan.codec import load_vae
     from ..moe_lora.wan.text import load_text_encoder
-    from ..train.data.clips import clips_from_folder, read_clip_list
+    from ..train.data.clip_list import clips_from_folder, read_clip_list
     from ..train.data.prepare import prepare as run
     from .config import load_experts
 

@@ -28,7 +28,8 @@ from ..moe_lora.wan.codec import load_vae
 from ..moe_lora.wan.text import load_text_encoder
 from ..train import ShardDataset
 from ..train.data.batch import main_instrument
-from ..train.data.clips import Clip, clips_from_folder, instrument_names, read_clip_list
+from ..train.data.clip_list import clips_from_folder, read_clip_list
+from ..train.data.clips import Clip, instrument_names
 from ..train.data.prepare import label as label_of
 from ..train.data.prepare import prepare
 from ..train.evaluate import evaluate_files, held_out_gates

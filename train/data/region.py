@@ -33,7 +33,7 @@ def latent_region(
         for place, index in enumerate(indices):
             picture[place] = fit.picture(masks[index - clip.masks_from], nearest=True)
     elif clip.boxes:
-        for row, _, x, y, w, h in _track(clip.boxes, indices):
+        for row, _, x, y, w, h in _track([box[:5] for box in clip.boxes], indices):
             left, top = fit.point(x, y)
             right, bottom = fit.point(x + w - 1, y + h - 1)
             corners = [(round(left), round(top)), (round(right), round(bottom))]
@@ -58,7 +58,7 @@ def pool(masks: Tensor) -> Tensor:
 def window_tips(clip: Clip, indices: Sequence[int], fit: Fit) -> list[tuple[int, float, float]]:
     """Rows (frame of the window, x, y) in pixels of the window; tips that the cut removed are left out."""
     rows = []
-    for place, _, x, y in _track(clip.tips, indices):
+    for place, _, x, y in _track([tip[:3] for tip in clip.tips], indices):
         new_x, new_y = fit.point(x, y)
         if -0.5 <= new_x < fit.width - 0.5 and -0.5 <= new_y < fit.height - 0.5:
             rows.append((int(place), round(new_x, 3), round(new_y, 3)))

@@ -9,7 +9,8 @@ import torch
 
 from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.moe_lora.video import VideoInfo, write_video
-from wanmoe.train.data.clips import Clip, clips_from_folder, instrument_names, read_clip_list, windows
+from wanmoe.train.data.clip_list import clips_from_folder, read_clip_list, write_clip_list
+from wanmoe.train.data.clips import Box, Clip, Polygon, Tip, instrument_names, windows
 from wanmoe.train.data.splits import assign_splits
 
 INFO = VideoInfo(fps=30.0, frames=77, height=48, width=64)
@@ -54,9 +55,38 @@ def test_all_fields_are_read(tmp_path: Path) -> None:
         40,
     )
     assert (
-        got.masks_from == 5 and got.tips == ((5.0, 1.5, 2.0),) and got.boxes == ((5.0, 0.0, 0.0, 4.0, 4.0),)
+        got.masks_from == 5 and got.tips == (Tip(5, 1.5, 2.0),) and got.boxes == (Box(5, 0.0, 0.0, 4.0, 4.0),)
     )
     assert got.origin.endswith("clips.jsonl:1") and got.caption_zh == "剪刀剪切。"
+
+
+def test_what_is_written_reads_back_as_the_same_clips(tmp_path: Path) -> None:
+    row = {
+        **GOOD,
+        "instruments": [],
+        "tools": ["scissors"],
+        "frames": 81,
+        "fps": 16,
+        "start_frame": 7,
+        "num_frames": 126,
+        "tips": [{"frame": 8, "x": 1, "y": 2.5, "instrument": "hook", "track": "1", "kind": "interpolated"}],
+        "boxes": [[9, 1, 2, 3, 4]],
+        "polygons": [{"frame": 7, "points": [[0, 0], [4, 0], [0, 4.5]], "instrument": "hook", "track": "g"}],
+        "masks": "m/a.png",
+        "phase": "dissection",
+        "triplets": ["hook,dissect,gallbladder"],
+        "licence": "CC BY-NC-SA 4.0",
+    }
+    (clip,) = read_clip_list(write_list(tmp_path, json.dumps(row)))
+    assert clip.polygons == (Polygon(7, ((0, 0), (4, 0), (0, 4.5)), "hook", "g"),)
+    assert clip.tips == (Tip(8, 1, 2.5, "hook", "1", "interpolated"),) and clip.tools == "scissors"
+    (tmp_path / "sub").mkdir()
+    written = tmp_path / "sub" / "clips.jsonl"
+    write_clip_list(written, [clip])
+    (again,) = read_clip_list(written)
+    assert again.video_path.resolve() == clip.video_path.resolve()
+    paths = {"video_path": clip.video_path, "masks": clip.masks, "origin": clip.origin}
+    assert replace(again, **paths) == clip
 
 
 def test_little_is_needed_and_the_seconds_marker_is_accepted(tmp_path: Path) -> None:
@@ -85,6 +115,11 @@ def test_tools_in_brackets_become_evidence_and_leave_the_caption(tmp_path: Path)
         (json.dumps({**GOOD, "num_frames": 0}), "'num_frames' must be a whole number of 1 or more"),
         (json.dumps({**GOOD, "start_frame": True}), "'start_frame' must be a whole number"),
         (json.dumps({**GOOD, "tips": [[1, 2]]}), "'tips' is a list of rows of 3 numbers"),
+        (json.dumps({**GOOD, "tips": [[1.5, 2, 3]]}), "'tips' is a list of rows of 3 numbers"),
+        (json.dumps({**GOOD, "boxes": [{"frame": 1, "kind": "guess"}]}), "'boxes' is a list of rows of 5"),
+        (json.dumps({**GOOD, "polygons": [{"frame": 1, "points": [[1, 2]]}]}), "with 3 points or more"),
+        (json.dumps({**GOOD, "fps": 0}), "'fps' must be a positive number"),
+        (json.dumps({**GOOD, "tools": "hook"}), "'tools' must be a list of texts"),
         (json.dumps({**GOOD, "instruments": [{"weight": 1}]}), '"instruments" is a list'),
         (json.dumps({**GOOD, "instruments": [{"name": "a", "weight": -1}]}), "positive weights"),
     ],

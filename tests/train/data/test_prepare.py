@@ -15,7 +15,8 @@ from wanmoe.moe_lora.instruments import SURGICAL, Expert, ExpertSet
 from wanmoe.moe_lora.video import Fit, read_video, to_model, write_video
 from wanmoe.moe_lora.wan.codec import load_vae
 from wanmoe.moe_lora.wan.text import HashTextEncoder
-from wanmoe.train.data.clips import Clip, clips_from_folder, instrument_names, read_clip_list
+from wanmoe.train.data.clip_list import clips_from_folder, read_clip_list
+from wanmoe.train.data.clips import Clip, instrument_names
 from wanmoe.train.data.prepare import label, prepare
 from wanmoe.train.data.region import latent_region, pool, window_tips
 from wanmoe.train.data.shards import ShardDataset
@@ -77,7 +78,7 @@ def test_a_sample_holds_the_latent_and_text_of_its_clip(tmp_path: Path) -> None:
         assert sample.caption == clip.caption and sample.instruments == clip.instruments
         assert sample.context.shape[1] == 16 and sample.context.abs().sum() > 0
         assert sample.roi is not None and 0 < float(sample.roi.mean()) < 1
-        assert clip.split == "val" and sample.meta["tips"] == [[int(f), x, y] for f, x, y in clip.tips]
+        assert clip.split == "val" and sample.meta["tips"] == [list(tip[:3]) for tip in clip.tips]
         assert sample.meta["fps"] == 16 and sample.meta["n_frames"] == 9 and sample.meta["size"] == [32, 48]
     assert verify_shards(tmp_path / "s").ok
 
