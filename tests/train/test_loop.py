@@ -179,9 +179,7 @@ def test_a_signal_saves_within_a_step_and_exits_cleanly(launcher, config, tmp_pa
 
 def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_sample(launcher, config, tmp_path):
     """One clip so large that its loss overflows: skipped on both ranks, then the run gives up."""
-    with ShardWriter(
-        tmp_path / "huge", STAND_IN, STAND_IN, null_context=torch.ones(1, 16), dtype=torch.float32
-    ) as writer:
+    with ShardWriter(tmp_path / "huge", STAND_IN, STAND_IN, null_context=torch.ones(1, 16)) as writer:
         for index, split in enumerate(("train", "train", "val")):
             meta = {
                 "caption": "a clip",
@@ -189,7 +187,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_sample(launcher
                 "source": str(index),
             }
             scale = 1e30 if index == 0 else 1.0
-            latent = torch.randn(16, 2, 4, 4) * scale
+            latent = (torch.randn(16, 2, 4, 4) * scale).bfloat16()
             writer.add(f"clip_{index:03d}_abcdef01", split, latent, torch.randn(2, 16), meta)
     config["data"]["shards"] = str(tmp_path / "huge")
     config["train"] |= {"max_bad_steps": 2, "accumulation": 2}

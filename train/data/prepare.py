@@ -283,7 +283,6 @@ class _Encoder:
             self._contexts[clip.caption],
             meta,
             roi=roi,
-            tips=torch.tensor(tips) if tips else None,
             image_latent=image,
         )
 

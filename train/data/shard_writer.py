@@ -6,6 +6,7 @@ Letters: F, H, W latent frames, height, width; n tokens of the caption; D width 
 import hashlib
 import json
 import math
+import os
 import zlib
 from collections.abc import Mapping
 from io import BufferedWriter
@@ -19,8 +20,20 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ...moe_lora.errors import WanmoeError
+from ...moe_lora.files import write_atomic
 from ..staging import Staging
-from .shards import FORMAT, LATENT, META, NULL, ROI, TEXT, ShardError, histogram, is_shard_file
+from .shards import (
+    FLOW,
+    FORMAT,
+    LATENT,
+    META,
+    ROI,
+    TEXT,
+    TEXTS,
+    ShardError,
+    histogram,
+    is_shard_file,
+)
 
 
 class ShardWriter:
@@ -37,7 +50,9 @@ class ShardWriter:
         settings: further facts for the manifest (JSON values).
         null_context: [n, D], what the text encoder makes of no caption; training without captions needs it.
         max_bytes: a shard that reaches this size is closed and the next one begun.
-        dtype: how floating tensors are stored; a value that it cannot hold is an error.
+
+    fp16 and bf16 tensors are stored as they are, wider ones as fp16, which has more digits than bf16; a value
+    that it cannot hold is an error.
     """
 
     def __init__(
@@ -49,7 +64,6 @@ class ShardWriter:
         settings: Mapping[str, Any] | None = None,
         null_context: Tensor | None = None,
         max_bytes: int = 512 * 2**20,
-        dtype: torch.dtype = torch.float16,
     ) -> None:
         self.root = Path(root)
         self.head = {
@@ -60,7 +74,7 @@ class ShardWriter:
         }
         self.settings = dict(settings or {})
         self.null_context = null_context
-        self.max_bytes, self.dtype = max_bytes, dtype
+        self.max_bytes = max_bytes
         self.manifest: dict[str, Any] = {}
         """What went to `manifest.json`; filled when the block ends."""
         self._staging = Staging(root, is_shard_file)
@@ -100,34 +114,73 @@ class ShardWriter:
         context: Tensor,
         meta: Mapping[str, Any],
         *,
-        roi: Tensor | None = None,
-        tips: Tensor | None = None,
         image_latent: Tensor | None = None,
+        roi: Tensor | None = None,
+        picture: Tensor | None = None,
+        flow: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> None:
         """Append one sample.
 
-        Shapes: `latent` [16, F, H, W], `context` [n, D], `roi` uint8 [F, H, W] (255 = inside), `tips` [m, 3]
-        rows of (frame of the clip, x, y), `image_latent` [20, F, H, W]. `meta` needs `caption` and
-        `instruments`.
+        Shapes: `latent` [16, F, H, W], `context` [n, D] (stored once for all samples that share it),
+        `image_latent` [20, F, H, W]; uint8 `roi` [F, H, W] (255 = instrument) and `picture` [H, W] (0 = the
+        endoscope's border); `flow` [F - 1, 2, H, W] with uint8 `visible` [F - 1, H, W]: see `Sample`. `meta`
+        needs `caption` and `instruments`.
         Raises `ShardError` on a key with dots or used twice, wrong shapes, values that are not finite, and a
         full disk.
         """
-        bucket = "x".join(str(n) for n in latent.shape[1:])
+        size = latent.shape[1:]
+        bucket = "x".join(str(n) for n in size)
         tar = self._tar(split, bucket)
-        self._check(tar.name, key, latent, context, roi, image_latent)
-        tensors = (
-            {"latent": latent} if image_latent is None else {"latent": latent, "image_latent": image_latent}
-        )
-        parts = {
-            LATENT: self._pack(tar.name, key, tensors),
-            TEXT: self._pack(tar.name, key, {"context": context}),
-        }
-        if roi is not None:
-            extra = {} if tips is None else {"tips": tips.float().contiguous()}
-            parts[ROI] = save({"roi": roi.to(torch.uint8).contiguous(), **extra})
-        body = {**meta, "key": key, "split": split, "bucket": bucket, **self.head}
+        if (flow is None) != (visible is None):
+            raise ShardError(tar.name, key, FLOW, "flow and visible are given together or not at all")
+        self._check_key(tar.name, key)
+        steps = (size[0] - 1, *size[1:]) if len(size) == 3 else size
+        for part, name, value, shape in (
+            (LATENT, "latent", latent, (16, *size)),
+            (LATENT, "image_latent", image_latent, (20, *size)),
+            (ROI, "roi", roi, tuple(size)),
+            (ROI, "picture", picture, tuple(size[1:])),
+            (FLOW, "flow", flow, (steps[0], 2, *steps[1:])),
+            (FLOW, "visible", visible, steps),
+        ):
+            if value is not None and (tuple(value.shape) != shape or len(size) != 3):
+                reason = (
+                    f"{name} is {list(value.shape)} beside a latent {list(latent.shape)}, not {list(shape)}"
+                )
+                raise ShardError(tar.name, key, part, reason)
+        if context.ndim != 2 or 0 in context.shape:
+            raise ShardError(
+                tar.name, key, TEXT, f"a context is [n, D] with n >= 1; got {list(context.shape)}"
+            )
+        text = self._add_text(tar.name, key, context)
+        body = {**meta, "key": key, "split": split, "bucket": bucket, "text": text, **self.head}
         body.pop("format")
+        parts = {LATENT: self._pack(tar.name, key, {"latent": latent, "image_latent": image_latent})}
+        if roi is not None or picture is not None:
+            parts[ROI] = self._pack(tar.name, key, {"roi": roi, "picture": picture})
+        if flow is not None:
+            parts[FLOW] = self._pack(tar.name, key, {"flow": flow, "visible": visible})
         parts[META] = _json(body)
+        places = self._append(tar, key, parts)
+        row = {"key": key, "split": split, "bucket": bucket, "shard": tar.name, "text": text}
+        self._rows.append({**row, "instruments": list(body["instruments"]), "parts": places})
+        if tar.size >= self.max_bytes:
+            self._close((split, bucket))
+
+    def _add_text(self, shard: str, key: str, context: Tensor) -> str:
+        """The key of an encoded caption, which is written where it is new: its name is its content."""
+        data = self._pack(shard, key, {"context": context}, TEXT)
+        text = hashlib.sha256(data).hexdigest()[:16]
+        if text not in self._keys:
+            tar = self._tar(TEXTS, "")
+            places = self._append(tar, text, {TEXT: data})
+            self._rows.append({"key": text, "split": TEXTS, "shard": tar.name, "parts": places})
+            if tar.size >= self.max_bytes:
+                self._close((TEXTS, ""))
+        return text
+
+    def _append(self, tar: "_TarFile", key: str, parts: Mapping[str, bytes]) -> dict[str, dict[str, int]]:
         places: dict[str, dict[str, int]] = {}
         try:
             for part, data in parts.items():
@@ -137,52 +190,36 @@ class ShardWriter:
             raise ShardError(tar.name, key, None, f"cannot write to {self.root}: {error.strerror}") from error
         tar.samples += 1
         self._keys.add(key)
-        row = {"key": key, "split": split, "bucket": bucket, "shard": tar.name}
-        self._rows.append({**row, "instruments": list(body["instruments"]), "parts": places})
-        if tar.size >= self.max_bytes:
-            self._close(self._open.pop((split, bucket)))
+        return places
 
-    def _check(
-        self,
-        shard: str,
-        key: str,
-        latent: Tensor,
-        context: Tensor,
-        roi: Tensor | None,
-        image_latent: Tensor | None,
-    ) -> None:
+    def _check_key(self, shard: str, key: str) -> None:
         if not key or "." in key or "/" in key or len(key) > 70:
             raise ShardError(shard, key, None, "a key has no dot and no slash and at most 70 characters")
         if key in self._keys:
             raise ShardError(
                 shard, key, None, "the key was written before; keys are unique in the whole folder"
             )
-        if latent.ndim != 4 or latent.shape[0] != 16:
-            raise ShardError(shard, key, LATENT, f"a latent is [16, F, H, W]; got {list(latent.shape)}")
-        if context.ndim != 2 or 0 in context.shape:
-            raise ShardError(shard, key, TEXT, f"a context is [n, D] with n >= 1; got {list(context.shape)}")
-        if roi is not None and roi.shape != latent.shape[1:]:
-            raise ShardError(
-                shard, key, ROI, f"the region is {list(roi.shape)}, the latent {list(latent.shape)}"
-            )
-        if image_latent is not None and image_latent.shape != (20, *latent.shape[1:]):
-            raise ShardError(
-                shard, key, LATENT, f"an image latent is [20, F, H, W]; got {list(image_latent.shape)}"
-            )
 
-    def _pack(self, shard: str, key: str, tensors: Mapping[str, Tensor]) -> bytes:
+    def _pack(
+        self, shard: str, key: str, tensors: Mapping[str, Tensor | None], part: str | None = None
+    ) -> bytes:
         stored = {}
         for name, value in tensors.items():
-            stored[name] = value.detach().cpu().to(self.dtype).contiguous()
-            if not torch.isfinite(stored[name]).all():
-                raise ShardError(shard, key, name, f"holds NaN, or values that {self.dtype} cannot hold")
+            if value is None:
+                continue
+            wide = value.is_floating_point() and value.element_size() > 2
+            stored[name] = value.detach().cpu().to(torch.float16 if wide else value.dtype).contiguous()
+            if value.is_floating_point() and not torch.isfinite(stored[name]).all():
+                raise ShardError(
+                    shard, key, part or name, f"holds NaN, or values that {stored[name].dtype} cannot hold"
+                )
         return save(stored)
 
     def _tar(self, split: str, bucket: str) -> "_TarFile":
         if (split, bucket) not in self._open:
             number = self._counts.get((split, bucket), 0)
             self._counts[split, bucket] = number + 1
-            name = f"{split}-{bucket}-{number:06d}.tar"
+            name = "-".join(filter(None, (split, bucket, f"{number:06d}"))) + ".tar"
             try:
                 self._open[split, bucket] = _TarFile(self._staging.path / name)
             except OSError as error:
@@ -191,39 +228,39 @@ class ShardWriter:
                 ) from error
         return self._open[split, bucket]
 
-    def _close(self, tar: "_TarFile") -> None:
-        split, bucket, _ = tar.name.rsplit("-", 2)
+    def _close(self, place: tuple[str, str]) -> None:
+        tar = self._open[place]
         digest = tar.close()
-        facts = {"name": tar.name, "split": split, "bucket": bucket, "n_samples": tar.samples}
+        del self._open[place]
+        facts = {"name": tar.name, "split": place[0], "bucket": place[1], "n_samples": tar.samples}
         self._done.append({**facts, "bytes": tar.size, "sha256": digest})
 
     def _finish(self) -> None:
-        if not self._rows:
+        samples = [row for row in self._rows if row["split"] != TEXTS]
+        if not samples:
             raise WanmoeError(f"{self.root}: no sample was written")
-        for place in sorted(self._open):
-            self._close(self._open[place])
-        self._open.clear()
-        index = b"".join(_json(row) + b"\n" for row in self._rows)
         null = {}
         if self.null_context is not None:
-            data = self._pack(NULL, "", {"context": self.null_context})
-            (self._staging.path / NULL).write_bytes(data)
-            null = {"null_context": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+            null["null_text"] = self._add_text("", "", self.null_context)
+        for place in sorted(self._open):
+            self._close(place)
+        index = b"".join(_json(row) + b"\n" for row in self._rows)
         self.manifest = {
             **self.head,
             **self.settings,
             "n_samples": {
-                split: sum(row["split"] == split for row in self._rows)
-                for split in sorted({row["split"] for row in self._rows})
+                split: sum(row["split"] == split for row in samples)
+                for split in sorted({row["split"] for row in samples})
             },
-            "histogram": histogram(self._rows),
+            "n_texts": len(self._rows) - len(samples),
+            "histogram": histogram(samples),
             "index": {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()},
             **null,
             "shards": sorted(self._done, key=lambda shard: str(shard["name"])),
         }
-        (self._staging.path / "index.jsonl").write_bytes(index)
-        text = json.dumps(self.manifest, ensure_ascii=False, indent=1, sort_keys=True)
-        (self._staging.path / "manifest.json").write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(self.manifest, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+        write_atomic(self._staging.path / "index.jsonl", lambda path: path.write_bytes(index))
+        write_atomic(self._staging.path / "manifest.json", lambda path: path.write_text(text, "utf-8"))
 
 
 class _TarFile:
@@ -249,6 +286,8 @@ class _TarFile:
     def close(self) -> str:
         """End the archive; returns its SHA-256."""
         self._write(b"\0" * (math.ceil((self.size + 2 * BLOCKSIZE) / RECORDSIZE) * RECORDSIZE - self.size))
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._file.close()
         return self._sha.hexdigest()
 

@@ -1,10 +1,10 @@
 """Shards: tar files of encoded clips, with a manifest and an index that make every read checked and every
 order exact.
 
-A folder of shards (written by `shard_writer`) holds `{split}-{F}x{H}x{W}-{NNNNNN}.tar`, `index.jsonl` (where
-each part of each sample lies, and its CRC-32), `null.safetensors` (the text encoding of no caption) and
-`manifest.json` (what was written, with which codec;
-SHA-256 per shard). The tars stay plain WebDataset tars, but are read by offset: a tar reader loses samples
+A folder of shards (written by `shard_writer`) holds `{split}-{F}x{H}x{W}-{NNNNNN}.tar`, `text-{NNNNNN}.tar`
+(every encoded caption once), `index.jsonl` (where each part of each sample and text lies, and its CRC-32) and
+`manifest.json` (what was written, with which codec; SHA-256 per shard). The tars stay plain WebDataset tars,
+but are read by offset, or checked against the index when they are streamed: a tar reader loses samples
 without an error when a shard is cut at a member border or a byte of a header flips, and never sees a flipped
 byte of a payload.
 
@@ -15,6 +15,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +25,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...moe_lora.errors import WanmoeError
+from .store import Store, open_store
 
-FORMAT = "wanmoe-shards/1"
-LATENT, TEXT, ROI, META = "latent.safetensors", "text.safetensors", "roi.safetensors", "json"
-NULL = "null.safetensors"
+FORMAT = "wanmoe-shards/2"
+LATENT, TEXT, ROI, FLOW, META = (
+    "latent.safetensors",
+    "text.safetensors",
+    "roi.safetensors",
+    "flow.safetensors",
+    "json",
+)
+TEXTS = "text"  # the split of the index' rows that are captions
+_KEPT_TEXTS = 64  # a caption has up to 4 MB; windows of one clip, which share it, are read close together
 
 
 class ShardError(WanmoeError):
@@ -45,186 +54,238 @@ class ShardError(WanmoeError):
 
 
 class Sample(NamedTuple):
-    """One encoded clip.
+    """One encoded clip; what was not stored is None.
 
-    `latent` fp32 [16, F, H, W], normalised; `context` fp32 [n, D]; `roi` fp32 [F, H, W] in [0, 1] or None;
-    `image_latent` fp32 [20, F, H, W] (i2v) or None; `instruments` (name, weight) pairs, () = no evidence.
+    `latent` [16, F, H, W], normalised, as stored (fp16 or bf16); `context` [n, D]; `image_latent`
+    [20, F, H, W] (i2v); `roi` fp32 [F, H, W] in [0, 1], 1 = instrument; `picture` fp32 [H, W], 0 = the
+    endoscope's border; `flow` fp32 [F - 1, 2, H, W]: (x, y) in latent pixels from latent frame k + 1 back to
+    k; `visible` fp32 [F - 1, H, W], 1 = seen in both; `instruments` (name, weight) pairs, () = no evidence;
+    `meta` the JSON part.
     """
 
     key: str
     latent: Tensor
     context: Tensor
-    roi: Tensor | None
     image_latent: Tensor | None
+    roi: Tensor | None
+    picture: Tensor | None
+    flow: Tensor | None
+    visible: Tensor | None
     instruments: tuple[tuple[str, float], ...]
     caption: str
     meta: dict[str, Any]
 
 
-class ShardDataset(Dataset[Sample]):
-    """Reads single samples of one split by offset, each checked against its CRC-32.
+class ShardIndex:
+    """What a folder of shards says of one split, without reading a sample.
 
     Args:
-        root: a folder that `ShardWriter` made.
+        root: a folder that `ShardWriter` made, or its URL (`https://`, `s3://`, ...).
         split: "train" or "val".
-        bucket: latent size "FxHxW" to keep; needed for `.bucket` where the split holds several.
+        bucket: latent size "FxHxW" to keep; all sizes when None.
 
     Raises `ShardError` where the manifest, the index or a shard is missing, cut short or altered.
     """
 
     def __init__(self, root: str | Path, split: str = "train", *, bucket: str | None = None) -> None:
-        self.root, self.split = Path(root), split
-        self.manifest, self.fingerprint = read_manifest(self.root)
-        every = [row for row in read_index(self.root, self.manifest) if row["split"] == split]
-        self.buckets = sorted({row["bucket"] for row in every})
-        self._rows = [row for row in every if bucket in (None, row["bucket"])]
-        if not every:
+        self.root, self.split = str(root), split
+        self.store = open_store(root)
+        self.manifest, self.fingerprint = read_manifest(self.store)
+        every = read_index(self.store, self.manifest)
+        self._texts = {row["key"]: row for row in every if row["split"] == TEXTS}
+        own = [row for row in every if row["split"] == split]
+        self.rows = [row for row in own if bucket in (None, row["bucket"])]
+        if not own:
             raise WanmoeError(
                 f"{root}: no {split!r} samples; splits: {', '.join(self.manifest['n_samples'])}"
             )
-        if not self._rows:
-            raise WanmoeError(
-                f"{root}: no {split!r} samples of size {bucket}; there are: {', '.join(self.buckets)}"
-            )
-        used = {row["shard"] for row in self._rows}
-        for shard in self.manifest["shards"]:
-            if shard["name"] in used:
-                check_size(self.root, shard)
+        if not self.rows:
+            known = ", ".join(sorted({row["bucket"] for row in own}))
+            raise WanmoeError(f"{root}: no {split!r} samples of size {bucket}; there are: {known}")
+        self._text = lru_cache(_KEPT_TEXTS)(self._read_text)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
-    def __getitem__(self, index: int) -> Sample:
-        row = self._rows[index]
-        latents = self._tensors(row, LATENT, ("latent",))
-        context = self._tensors(row, TEXT, ("context",))["context"]
-        roi = self._tensors(row, ROI, ("roi",))["roi"].float() / 255 if ROI in row["parts"] else None
-        meta = self._meta(row)
-        image = latents.get("image_latent")
-        return Sample(
-            key=row["key"],
-            latent=latents["latent"].float(),
-            context=context.float(),
-            roi=roi,
-            image_latent=None if image is None else image.float(),
-            instruments=self.instruments(index),
-            caption=str(meta["caption"]),
-            meta=meta,
-        )
+    def __getstate__(self) -> dict[str, Any]:  # a cache does not cross into a worker process
+        return {name: value for name, value in self.__dict__.items() if name != "_text"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._text = lru_cache(_KEPT_TEXTS)(self._read_text)
 
     @property
     def keys(self) -> list[str]:
         """The samples' keys, in the order of the index."""
-        return [row["key"] for row in self._rows]
+        return [row["key"] for row in self.rows]
 
     @property
-    def bucket(self) -> tuple[int, int, int]:
-        """Latent (F, H, W) of all samples; an error where the split holds several sizes."""
-        if len(self.buckets) > 1 and len({row["bucket"] for row in self._rows}) > 1:
-            raise WanmoeError(
-                f"{self.root}: the {self.split!r} samples have several sizes ({', '.join(self.buckets)}); "
-                f'choose one: bucket="{self.buckets[0]}", or prepare the clips with one size'
-            )
-        frames, height, width = (int(n) for n in self._rows[0]["bucket"].split("x"))
-        return frames, height, width
+    def buckets(self) -> dict[tuple[int, int, int], list[int]]:
+        """Indices of the samples of each latent size (F, H, W), sizes sorted."""
+        found: dict[tuple[int, int, int], list[int]] = {}
+        for index, row in enumerate(self.rows):
+            frames, height, width = (int(n) for n in row["bucket"].split("x"))
+            found.setdefault((frames, height, width), []).append(index)
+        return dict(sorted(found.items()))
 
     @property
     def null_context(self) -> Tensor | None:
-        """fp32 [n, D], what the text encoder made of no caption; None in a folder that has none."""
-        facts = self.manifest.get("null_context")
-        if facts is None:
-            return None
-        path = self.root / NULL
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ShardError(str(path), None, None, f"cannot be read ({error.strerror})") from error
-        if hashlib.sha256(data).hexdigest() != facts["sha256"]:
-            raise ShardError(str(path), None, None, "altered or cut short: its SHA-256 is not the manifest's")
-        return load(data)["context"].float()
+        """[n, D], what the text encoder made of no caption; None in a folder that has none."""
+        key = self.manifest.get("null_text")
+        return None if key is None else self._text(key)
 
     def instruments(self, index: int) -> tuple[tuple[str, float], ...]:
         """(name, weight) pairs of one sample, from the index alone."""
-        return tuple((str(one["name"]), float(one["weight"])) for one in self._rows[index]["instruments"])
+        return tuple((str(one["name"]), float(one["weight"])) for one in self.rows[index]["instruments"])
 
-    def read_part(self, index: int, part: str) -> bytes:
-        """The checked bytes of one part of one sample."""
-        return _read(self.root, self._rows[index], part)
+    def check_shards(self) -> None:
+        """Raise `ShardError` where a shard of this split is missing or has not the bytes it should have."""
+        used = {row["shard"] for row in [*self.rows, *self._texts.values()]}
+        for shard in self.manifest["shards"]:
+            if shard["name"] in used:
+                check_size(self.store, shard)
 
-    def _tensors(self, row: Mapping[str, Any], part: str, names: Sequence[str]) -> dict[str, Tensor]:
-        data = _read(self.root, row, part)
+    def decode(self, row: Mapping[str, Any], parts: Mapping[str, bytes]) -> Sample:
+        """The sample of an index row from the bytes of its parts; `ShardError` where one is altered."""
+        for part in row["parts"]:
+            if part not in parts:
+                raise ShardError(row["shard"], row["key"], part, "the shard lacks this part of the sample")
+            check_part(row, part, parts[part])
+        latents = _tensors(row, LATENT, parts[LATENT], ("latent",))
+        region = _tensors(row, ROI, parts[ROI]) if ROI in row["parts"] else {}
+        motion = _tensors(row, FLOW, parts[FLOW], ("flow", "visible")) if FLOW in row["parts"] else {}
+        meta = self._meta(row, parts[META])
+        return Sample(
+            key=row["key"],
+            latent=latents["latent"],
+            context=self._text(row["text"]),
+            image_latent=latents.get("image_latent"),
+            roi=_share(region.get("roi")),
+            picture=_share(region.get("picture")),
+            flow=motion["flow"].float() if motion else None,
+            visible=_share(motion.get("visible")),
+            instruments=tuple((str(one["name"]), float(one["weight"])) for one in row["instruments"]),
+            caption=str(meta["caption"]),
+            meta=meta,
+        )
+
+    def _read_text(self, key: str) -> Tensor:
+        row = self._texts.get(key)
+        if row is None:
+            raise ShardError(self.root, key, TEXT, "the index has no such text")
+        return _tensors(row, TEXT, read_part(self.store, row, TEXT), ("context",))["context"]
+
+    def _meta(self, row: Mapping[str, Any], data: bytes) -> dict[str, Any]:
         try:
-            tensors = load(data)
-        except SafetensorError as error:
-            raise ShardError(row["shard"], row["key"], part, f"not a safetensors file: {error}") from error
-        missing = [name for name in names if name not in tensors]
-        if missing:
-            raise ShardError(row["shard"], row["key"], part, f"holds no tensor {missing[0]!r}")
-        return tensors
-
-    def _meta(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            meta = json.loads(_read(self.root, row, META))
+            meta = json.loads(data)
         except ValueError as error:
             raise ShardError(row["shard"], row["key"], META, f"not JSON: {error}") from error
         if meta.get("key") != row["key"]:
             raise ShardError(row["shard"], row["key"], META, f"belongs to sample {meta.get('key')!r}")
+        for name in ("codec", "text_encoder"):
+            if meta.get(name) != self.manifest[name]:
+                reason = (
+                    f"encoded with another {name}: {meta.get(name)}, the manifest says {self.manifest[name]}"
+                )
+                raise ShardError(row["shard"], row["key"], META, reason)
         return dict(meta)
+
+
+class ShardDataset(ShardIndex, Dataset[Sample]):
+    """Reads single samples of one split by offset, each part checked against its CRC-32.
+
+    Arguments and errors as of `ShardIndex`; the sizes of the shards are checked at once.
+    """
+
+    def __init__(self, root: str | Path, split: str = "train", *, bucket: str | None = None) -> None:
+        super().__init__(root, split, bucket=bucket)
+        self.check_shards()
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self.rows[index]
+        return self.decode(row, {part: read_part(self.store, row, part) for part in row["parts"]})
 
 
 def is_shard_file(name: str) -> bool:
     """Whether a file of this name in a folder of shards was written by `ShardWriter`."""
-    return name in ("manifest.json", "index.jsonl", NULL) or name.endswith(".tar")
+    return name in ("manifest.json", "index.jsonl") or name.endswith(".tar")
 
 
-def read_manifest(root: Path) -> tuple[dict[str, Any], str]:
+def read_manifest(store: Store) -> tuple[dict[str, Any], str]:
     """The manifest of a folder of shards and its SHA-256; `ShardError` where it is not one."""
-    path = root / "manifest.json"
+    path = store.path("manifest.json")
     try:
-        data = path.read_bytes()
+        data = store.read("manifest.json")
     except OSError as error:
-        reason = f"cannot be read ({error.strerror}); a folder of shards is made by `wanmoe prepare`"
-        raise ShardError(str(path), None, None, reason) from error
+        reason = f"cannot be read ({_cause(error)}); a folder of shards is made by `wanmoe prepare`"
+        raise ShardError(path, None, None, reason) from error
     try:
         manifest = json.loads(data)
     except ValueError as error:
-        raise ShardError(str(path), None, None, f"not JSON: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise ShardError(str(path), None, None, f"format is {found!r}, expected {FORMAT!r}")
-    return manifest, hashlib.sha256(data).hexdigest()
+        raise ShardError(path, None, None, f"not JSON: {error}") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+    if found != FORMAT:
+        reason = f"format is {found!r}, expected {FORMAT!r}; prepare the clips again"
+        raise ShardError(path, None, None, reason)
+    return dict(manifest), hashlib.sha256(data).hexdigest()
 
 
-def read_index(root: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+def read_index(store: Store, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of `index.jsonl`, checked against the manifest; `ShardError` where they differ."""
-    path = root / "index.jsonl"
+    path = store.path("index.jsonl")
     try:
-        data = path.read_bytes()
+        data = store.read("index.jsonl")
     except OSError as error:
-        raise ShardError(str(path), None, None, f"cannot be read ({error.strerror})") from error
+        raise ShardError(path, None, None, f"cannot be read ({_cause(error)})") from error
     if hashlib.sha256(data).hexdigest() != manifest["index"]["sha256"]:
         reason = f"altered or cut short: {len(data)} bytes, the manifest says {manifest['index']['bytes']}"
-        raise ShardError(str(path), None, None, reason)
+        raise ShardError(path, None, None, reason)
     return [json.loads(line) for line in data.splitlines()]
 
 
-def check_size(root: Path, shard: Mapping[str, Any]) -> None:
+def check_size(store: Store, shard: Mapping[str, Any]) -> None:
     """Raise `ShardError` where a shard is missing or has not the bytes that the manifest says."""
-    path = root / shard["name"]
-    if not path.is_file():
-        raise ShardError(
-            str(path), None, None, "the file is missing; prepare the clips again or copy it anew"
+    path = store.path(shard["name"])
+    try:
+        size = store.size(shard["name"])
+    except OSError as error:
+        reason = (
+            f"the file is missing ({_cause(error)}); copy it anew, or `wanmoe data repair` drops its samples"
         )
-    size = path.stat().st_size
+        raise ShardError(path, None, None, reason) from error
     if size != shard["bytes"]:
         verb = "cut short" if size < shard["bytes"] else "too long"
-        raise ShardError(str(path), None, None, f"{verb}: {size} bytes, the manifest says {shard['bytes']}")
+        raise ShardError(path, None, None, f"{verb}: {size} bytes, the manifest says {shard['bytes']}")
+
+
+def read_part(store: Store, row: Mapping[str, Any], part: str) -> bytes:
+    """The checked bytes of one part of a sample or text."""
+    place = row["parts"].get(part)
+    if place is None:
+        raise ShardError(row["shard"], row["key"], part, "the sample has no such part")
+    try:
+        data = store.read(row["shard"], place["offset"], place["size"])
+    except OSError as error:
+        raise ShardError(row["shard"], row["key"], part, f"cannot be read: {_cause(error)}") from error
+    check_part(row, part, data)
+    return data
+
+
+def check_part(row: Mapping[str, Any], part: str, data: bytes) -> None:
+    """Raise `ShardError` where the bytes of a part are not those that were written."""
+    place = row["parts"][part]
+    if len(data) != place["size"]:
+        raise ShardError(row["shard"], row["key"], part, f"cut short: {len(data)} of {place['size']} bytes")
+    if zlib.crc32(data) != place["crc32"]:
+        raise ShardError(row["shard"], row["key"], part, "altered: the checksum differs from the index")
 
 
 def histogram(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Sum of instrument weights per split and instrument; "(no evidence)" counts the samples without one."""
     counts: dict[str, dict[str, float]] = {}
     for row in rows:
+        if row["split"] == TEXTS:
+            continue
         split = counts.setdefault(str(row["split"]), {})
         for one in row["instruments"] or [{"name": "(no evidence)", "weight": 1.0}]:
             split[one["name"]] = round(split.get(one["name"], 0.0) + float(one["weight"]), 6)
@@ -239,18 +300,21 @@ def histogram_lines(counts: Mapping[str, Mapping[str, float]]) -> list[str]:
     ]
 
 
-def _read(root: Path, row: Mapping[str, Any], part: str) -> bytes:
-    place = row["parts"].get(part)
-    if place is None:
-        raise ShardError(row["shard"], row["key"], part, "the sample has no such part")
+def _tensors(row: Mapping[str, Any], part: str, data: bytes, names: Sequence[str] = ()) -> dict[str, Tensor]:
     try:
-        with (root / row["shard"]).open("rb") as file:
-            file.seek(place["offset"])
-            data = file.read(place["size"])
-    except OSError as error:
-        raise ShardError(row["shard"], row["key"], part, f"cannot be read: {error.strerror}") from error
-    if len(data) != place["size"]:
-        raise ShardError(row["shard"], row["key"], part, f"cut short: {len(data)} of {place['size']} bytes")
-    if zlib.crc32(data) != place["crc32"]:
-        raise ShardError(row["shard"], row["key"], part, "altered: the checksum differs from the index")
-    return data
+        tensors = load(data)
+    except SafetensorError as error:
+        raise ShardError(row["shard"], row["key"], part, f"not a safetensors file: {error}") from error
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise ShardError(row["shard"], row["key"], part, f"holds no tensor {missing[0]!r}")
+    return tensors
+
+
+def _share(stored: Tensor | None) -> Tensor | None:
+    """0..255 as 0..1."""
+    return None if stored is None else stored.float() / 255
+
+
+def _cause(error: OSError) -> str:
+    return error.strerror or str(error) or type(error).__name__

@@ -11,6 +11,7 @@ import torch
 
 from ...moe_lora.files import file_sha256
 from .shards import (
+    TEXTS,
     Sample,
     ShardDataset,
     ShardError,
@@ -20,6 +21,7 @@ from .shards import (
     read_index,
     read_manifest,
 )
+from .store import open_store
 
 
 @dataclass
@@ -60,19 +62,15 @@ def verify_shards(root: str | Path) -> ShardReport:
     index itself cannot be read.
     """
     root = Path(root)
-    manifest, _ = read_manifest(root)
-    rows = read_index(root, manifest)
+    store = open_store(root)
+    manifest, _ = read_manifest(store)
+    rows = read_index(store, manifest)
     report = ShardReport(root, histogram=histogram(rows))
-    report.samples = dict(Counter(row["split"] for row in rows))
+    report.samples = dict(Counter(row["split"] for row in rows if row["split"] != TEXTS))
     for key, count in Counter(row["key"] for row in rows).items():
         if count > 1:
             report.problems.append(f"sample {key}: the key occurs {count} times")
     sound = _check_shards(report, manifest["shards"], Counter(row["shard"] for row in rows))
-    if "null_context" in manifest and rows:
-        try:
-            ShardDataset(root, rows[0]["split"]).null_context  # noqa: B018 - read for its check
-        except ShardError as error:
-            report.problems.append(str(error))
     named = {shard["name"] for shard in manifest["shards"]}
     for stray in sorted(path.name for path in root.glob("*.tar") if path.name not in named):
         report.problems.append(f"shard {stray}: the manifest does not name it")
@@ -89,7 +87,7 @@ def _check_shards(report: ShardReport, shards: list[dict[str, Any]], counts: Cou
     for shard in shards:
         name = shard["name"]
         try:
-            check_size(report.root, shard)
+            check_size(open_store(report.root), shard)
             if file_sha256(report.root / name) != shard["sha256"]:
                 raise ShardError(name, None, None, "altered: SHA-256 differs from the manifest")
             with tarfile.open(report.root / name) as tar:

@@ -74,7 +74,7 @@ def test_a_sample_holds_the_latent_and_text_of_its_clip(tmp_path: Path) -> None:
         sample = data[index]
         clip = by_source[sample.meta["source"]]
         expected = MeanCodec().encode(to_model(read_video(clip.video_path))[None])[0]
-        assert torch.allclose(sample.latent, expected, atol=1e-3)
+        assert torch.allclose(sample.latent.float(), expected, atol=1e-3)
         assert sample.caption == clip.caption and sample.instruments == clip.instruments
         assert sample.context.shape[1] == 16 and sample.context.abs().sum() > 0
         assert sample.roi is not None and 0 < float(sample.roi.mean()) < 1

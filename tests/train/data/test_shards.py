@@ -3,7 +3,6 @@
 import errno
 import json
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from safetensors.torch import load
 
 from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.train.data import shard_writer
-from wanmoe.train.data.order import batch_indices, position_to_index
 from wanmoe.train.data.shard_writer import ShardWriter
 from wanmoe.train.data.shards import ShardDataset, ShardError
 from wanmoe.train.data.verify import verify_shards
@@ -35,9 +33,16 @@ def write(root: Path, count: int = 5, *, prefix: str = "v_clip", val: int = 2, *
                 torch.randn(3 + number, 8),
                 {"caption": f"剪刀 {number}", "instruments": instruments, "source": f"s{number}"},
                 roi=torch.full((2, 3, 4), 255, dtype=torch.uint8) if number % 2 else None,
-                tips=torch.tensor([[0.0, 1.0, 2.0]]) if number % 2 else None,
+                flow=torch.full((1, 2, 3, 4), 0.5) if number % 2 else None,
+                visible=torch.full((1, 3, 4), 255, dtype=torch.uint8) if number % 2 else None,
             )
     return root
+
+
+def rows(root: Path) -> list[dict[str, Any]]:
+    """The index' rows of samples."""
+    every = [json.loads(line) for line in (root / "index.jsonl").read_text().splitlines()]
+    return [row for row in every if row["split"] != "text"]
 
 
 def flip(path: Path, offset: int) -> None:
@@ -49,16 +54,17 @@ def flip(path: Path, offset: int) -> None:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     data = ShardDataset(write(tmp_path / "s"), "train")
     torch.manual_seed(0)
-    assert len(data) == 5 and data.bucket == (2, 3, 4)
+    assert len(data) == 5 and data.buckets == {(2, 3, 4): [0, 1, 2, 3, 4]}
     for number in range(5):
         latent, context = torch.randn(16, 2, 3, 4) * 4, torch.randn(3 + number, 8)
         sample = data[number]
-        assert sample.latent.dtype == sample.context.dtype == torch.float32
-        assert torch.equal(sample.latent, latent.half().float()) and torch.equal(
-            sample.context, context.half().float()
-        )
+        assert torch.equal(sample.latent, latent.half()) and torch.equal(sample.context, context.half())
         assert (sample.roi is not None) == bool(number % 2) and sample.image_latent is None
         assert sample.roi is None or (sample.roi.shape == (2, 3, 4) and sample.roi.unique().tolist() == [1.0])
+        assert (sample.flow is None) == (sample.visible is None) == (sample.roi is None)
+        assert sample.flow is None or (sample.flow.shape == (1, 2, 3, 4) and float(sample.flow.min()) == 0.5)
+        assert sample.visible is None or sample.visible.tolist() == torch.ones(1, 3, 4).tolist()
+        assert sample.picture is None
         assert sample.instruments == ((("Other", "Scissors")[number % 2], 1.0),) == data.instruments(number)
         assert sample.caption == f"剪刀 {number}" and sample.key == data.keys[number]
         assert sample.meta["normalised"] is True and sample.meta["codec"] == CODEC
@@ -74,10 +80,16 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_a_rebuild_is_identical_byte_for_byte_and_replaces(tmp_path: Path) -> None:
     first, second = write(tmp_path / "a"), write(tmp_path / "b")
     files = sorted(path.name for path in first.iterdir())
-    assert files == ["index.jsonl", "manifest.json", "train-2x3x4-000000.tar", "val-2x3x4-000000.tar"]
+    assert files == [
+        "index.jsonl",
+        "manifest.json",
+        "text-000000.tar",
+        "train-2x3x4-000000.tar",
+        "val-2x3x4-000000.tar",
+    ]
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
     write(first, count=3, val=0)
-    assert sorted(path.name for path in first.iterdir()) == files[:3]
+    assert sorted(path.name for path in first.iterdir()) == files[:4]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
@@ -90,16 +102,57 @@ def test_tars_stay_readable_by_webdataset(tmp_path: Path) -> None:
     data = ShardDataset(root, "train")
     assert sorted(samples) == sorted(data.keys)
     for index, key in enumerate(data.keys):
-        assert torch.equal(load(samples[key]["latent.safetensors"])["latent"].float(), data[index].latent)
+        assert torch.equal(load(samples[key]["latent.safetensors"])["latent"], data[index].latent)
         assert json.loads(samples[key]["json"])["key"] == key
-    roi = load(samples[data.keys[1]]["roi.safetensors"])
-    assert roi["roi"].dtype == torch.uint8 and roi["tips"].tolist() == [[0.0, 1.0, 2.0]]
+    assert load(samples[data.keys[1]]["roi.safetensors"])["roi"].dtype == torch.uint8
+    texts = {
+        row["__key__"]: row for row in webdataset.WebDataset(str(root / "text-000000.tar"), empty_check=False)
+    }
+    first = json.loads(samples[data.keys[0]]["json"])["text"]
+    assert torch.equal(load(texts[first]["text.safetensors"])["context"], data[0].context)
 
 
-@pytest.mark.parametrize("part", ["latent.safetensors", "text.safetensors", "json"])
+def test_a_text_is_stored_once(tmp_path: Path) -> None:
+    meta, text = {"caption": "x", "instruments": []}, torch.randn(3, 8)
+    with ShardWriter(tmp_path / "s", CODEC, TEXT, null_context=text) as writer:
+        for key, own in (("a", text), ("b", text.clone()), ("c", text + 1)):
+            writer.add(key, "train", torch.zeros(16, 1, 2, 2), own, meta)
+    data = ShardDataset(tmp_path / "s")
+    assert data.manifest["n_texts"] == 2 and data.null_context is not None
+    assert torch.equal(data[0].context, data[1].context) and torch.equal(data.null_context, text.half())
+    assert torch.equal(data[2].context, (text + 1).half())
+
+
+def test_real_latents_pass_through_bit_for_bit_with_their_axes(tmp_path: Path, data_dir: Path) -> None:
+    stored = load((data_dir / "wan" / "test_latents_wan.safetensors").read_bytes())
+    (real,) = next(iter(stored.values()))
+    assert real.dtype == torch.bfloat16 and real.shape == (16, 16, 40, 64)
+    with ShardWriter(tmp_path / "s", CODEC, TEXT) as writer:
+        writer.add("real", "train", real, torch.ones(1, 8).bfloat16(), {"caption": "x", "instruments": []})
+    latent = ShardDataset(tmp_path / "s")[0].latent
+    assert latent.dtype == torch.bfloat16 and torch.equal(latent.view(torch.int16), real.view(torch.int16))
+    # 16 channels, 16 frames: only the content tells the axes. Neighbouring frames are alike, channels not.
+    centred = latent.float() - latent.float().mean((2, 3), keepdim=True)
+
+    def likeness(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float(torch.nn.functional.cosine_similarity(a.flatten(2), b.flatten(2), dim=2).mean())
+
+    assert likeness(centred[:, 1:], centred[:, :-1]) > 0.7 > 0.2 > abs(likeness(centred[1:], centred[:-1]))
+
+
+def test_a_sample_of_another_codec_is_refused(tmp_path: Path) -> None:
+    root = write(tmp_path / "s")
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["codec"]["fingerprint"] = "c1"
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ShardError, match="encoded with another codec"):
+        ShardDataset(root)[0]
+
+
+@pytest.mark.parametrize("part", ["latent.safetensors", "roi.safetensors", "flow.safetensors", "json"])
 def test_a_flipped_byte_is_seen_on_read(tmp_path: Path, part: str) -> None:
     root = write(tmp_path / "s")
-    row = [json.loads(line) for line in (root / "index.jsonl").read_text().splitlines()][1]
+    row = rows(root)[1]
     flip(root / row["shard"], row["parts"][part]["offset"] + row["parts"][part]["size"] - 2)
     data = ShardDataset(root, "train")
     assert data[0].latent.std() > 1
@@ -117,7 +170,7 @@ def test_a_shard_cut_short_at_any_place_is_seen_before_training(tmp_path: Path) 
     root = write(tmp_path / "s")
     shard = root / "train-2x3x4-000000.tar"
     whole = shard.read_bytes()
-    row = json.loads((root / "index.jsonl").read_text().splitlines()[2])
+    row = rows(root)[2]
     for place in (row["parts"]["latent.safetensors"]["offset"] - 512, 5000, len(whole) - 1):
         shard.write_bytes(whole[:place])
         with pytest.raises(ShardError, match=rf"cut short: {place} bytes, the manifest says {len(whole)}"):
@@ -147,23 +200,22 @@ def test_a_lost_or_altered_manifest_or_index(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="altered or cut short"):
         ShardDataset(root)
     (root / "manifest.json").write_text('{"format": "wanmoe-shards/9"}')
-    with pytest.raises(ShardError, match="'wanmoe-shards/9', expected 'wanmoe-shards/1'"):
+    with pytest.raises(ShardError, match="'wanmoe-shards/9', expected 'wanmoe-shards/2'"):
         ShardDataset(root)
     (root / "manifest.json").write_text('{"form')
     with pytest.raises(ShardError, match="not JSON"):
         ShardDataset(root)
 
 
-def test_a_split_with_several_sizes_says_how_to_choose(tmp_path: Path) -> None:
+def test_a_split_with_several_sizes(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "s", CODEC, TEXT) as writer:
-        for frames in (2, 3):
+        for number, frames in enumerate((3, 2, 3)):
             meta = {"caption": "x", "instruments": []}
-            writer.add(f"a_b_{frames}", "train", torch.randn(16, frames, 3, 4), torch.randn(2, 8), meta)
-    both = ShardDataset(tmp_path / "s")
-    assert len(both) == 2 and both[1].latent.shape == (16, 3, 3, 4) and both[0].instruments == ()
-    with pytest.raises(WanmoeError, match=r'2x3x4, 3x3x4.*bucket="2x3x4"'):
-        both.bucket  # noqa: B018
-    assert ShardDataset(tmp_path / "s", bucket="3x3x4").bucket == (3, 3, 4)
+            writer.add(f"a_b_{number}", "train", torch.randn(16, frames, 3, 4), torch.randn(2, 8), meta)
+    every = ShardDataset(tmp_path / "s")
+    assert every.buckets == {(2, 3, 4): [1], (3, 3, 4): [0, 2]} and every[0].instruments == ()
+    assert [every[index].latent.shape[1] for index in range(3)] == [3, 2, 3]
+    assert ShardDataset(tmp_path / "s", bucket="3x3x4").keys == ["a_b_0", "a_b_2"]
     with pytest.raises(WanmoeError, match="no 'train' samples of size 9x9x9; there are: 2x3x4, 3x3x4"):
         ShardDataset(tmp_path / "s", bucket="9x9x9")
     with pytest.raises(WanmoeError, match="no 'val' samples; splits: train"):
@@ -177,10 +229,14 @@ def test_a_split_with_several_sizes_says_how_to_choose(tmp_path: Path) -> None:
         ("a/b_1", {}, "no slash"),
         ("k", {"latent": torch.full((16, 1, 2, 2), float("nan"))}, "NaN"),
         ("k", {"latent": torch.full((16, 1, 2, 2), 1e6)}, "float16 cannot hold"),
-        ("k", {"latent": torch.zeros(4, 1, 2, 2)}, r"got \[4, 1, 2, 2\]"),
+        ("k", {"latent": torch.zeros(4, 1, 2, 2)}, r"latent is \[4, 1, 2, 2\]"),
+        ("k", {"latent": torch.zeros(16, 2, 2)}, r"latent is \[16, 2, 2\]"),
         ("k", {"context": torch.zeros(0, 8)}, "n >= 1"),
-        ("k", {"roi": torch.zeros(1, 2, 3)}, "the region is"),
-        ("k", {"image_latent": torch.zeros(16, 1, 2, 2)}, "image latent is"),
+        ("k", {"roi": torch.zeros(1, 2, 3)}, r"roi is \[1, 2, 3\] beside a latent \[16, 1, 2, 2\]"),
+        ("k", {"picture": torch.zeros(1, 2)}, r"picture is \[1, 2\]"),
+        ("k", {"image_latent": torch.zeros(16, 1, 2, 2)}, "image_latent is"),
+        ("k", {"flow": torch.zeros(0, 2, 2, 2)}, "given together"),
+        ("k", {"flow": torch.zeros(1, 2, 2, 2), "visible": torch.zeros(0, 2, 2)}, "flow is"),
     ],
 )
 def test_a_wrong_sample_is_refused_and_nothing_is_left(
@@ -254,7 +310,7 @@ def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path) -> None:
 def test_verify_reports_what_is_there_and_what_is_wrong(tmp_path: Path) -> None:
     root = write(tmp_path / "s")
     report = verify_shards(root)
-    assert report.ok and report.samples == {"train": 5, "val": 2} and report.shards == 2
+    assert report.ok and report.samples == {"train": 5, "val": 2} and report.shards == 3
     assert report.histogram["train"] == {"Other": 3.0, "Scissors": 2.0} and report.shared_sources == []
     assert report.bytes == sum(path.stat().st_size for path in root.glob("*.tar"))
     assert "5 train, 2 val samples" in str(report)
@@ -263,40 +319,3 @@ def test_verify_reports_what_is_there_and_what_is_wrong(tmp_path: Path) -> None:
     problems = verify_shards(root).problems
     assert len(problems) == 2 and "val-2x3x4-000000.tar: altered: SHA-256" in problems[0]
     assert "train-2x3x4-000009.tar: the manifest does not name it" in problems[1]
-
-
-def test_every_epoch_is_a_permutation_and_each_another() -> None:
-    n = 23
-    epochs = [[position_to_index(e * n + i, n, seed=7) for i in range(n)] for e in range(4)]
-    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert [position_to_index(i, n, seed=8) for i in range(n)] != epochs[0]
-    assert [position_to_index(i, 6, 0) for i in range(12)] == [3, 2, 1, 0, 4, 5, 4, 5, 1, 2, 0, 3]
-
-
-def test_the_order_does_not_depend_on_ranks_or_on_where_a_run_starts() -> None:
-    n, seed, world = 10, 3, 4
-    batches = [batch_indices(step, global_batch=8, n=n, seed=seed) for step in range(15)]
-    assert batches[11] == batch_indices(11, global_batch=8, n=n, seed=seed)
-    flat = [index for batch in batches for index in batch]
-    assert flat == [i for s in range(30) for i in batch_indices(s, global_batch=4, n=n, seed=seed)]
-    assert set(Counter(flat).values()) == {12}
-    ranks = [[batch[rank::world] for batch in batches] for rank in range(world)]
-    assert all(len(part) == 2 for rank in ranks for part in rank), "equal counts on all ranks"
-
-
-def test_weights_set_how_often_a_sample_comes() -> None:
-    n, weights = 12, [3.0] * 2 + [1.0] * 6 + [0.0] * 4
-    counts = Counter(position_to_index(i, n, 5, weights) for i in range(n * 50))
-    assert sum(counts.values()) == 600 and set(counts) == set(range(8))
-    assert all(abs(counts[i] - 150) <= 1 for i in (0, 1))  # 3 of 12 places in every epoch
-    assert all(abs(counts[i] - 50) <= 1 for i in range(2, 8))
-    even = [position_to_index(i, n, 5, [0.7] * n) for i in range(n)]
-    assert sorted(even) == list(range(n))
-    first = [position_to_index(i, n, 5, weights) for i in range(n)]
-    assert first != sorted(first) and first != [position_to_index(n + i, n, 5, weights) for i in range(n)]
-    for wrong in ([1.0], [0.0] * n, [-1.0] * n, [float("nan")] * n):
-        with pytest.raises(WanmoeError, match="weights"):
-            position_to_index(0, n, 5, wrong)
-    with pytest.raises(WanmoeError, match="n >= 1"):
-        batch_indices(0, global_batch=2, n=0, seed=0)
