@@ -34,7 +34,7 @@ HASHED_BYTES = 2 << 30
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".safetensors.index.json")
 
-_SHARDS_FORMAT = "wanmoe-shards/1"  # of train/shards.py, which this room does not import
+_SHARDS_FORMAT = "wanmoe-shards/2"  # of train/data/shards.py, which this room does not import
 _LORA_FORMATS = {
     "kohya": "LoRA, kohya/musubi names",
     "comfyui": "LoRA, ComfyUI names",

@@ -30,16 +30,6 @@ EMA = 0.5
 _WAY_OUT = "write it as '0:Hook, 40:Suction' or '0:Hook, 40:Hook=0.6+Suction=0.4'"
 _INK = "#333333"
 _SIDES = {"high": "#dfe5ee", "low": "#f6f2e8"}
-# For experts with Chinese names, which matplotlib's own font lacks; those of them are used that are there.
-_CHINESE_FONTS = (
-    "Noto Sans CJK SC",
-    "Source Han Sans SC",
-    "WenQuanYi Micro Hei",
-    "WenQuanYi Zen Hei",
-    "Microsoft YaHei",
-    "PingFang SC",
-    "SimHei",
-)
 
 
 class Moment(NamedTuple):
@@ -161,11 +151,11 @@ def draw_gates(
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.font_manager import get_font_names
 
-    known = set(get_font_names())
+    from ..moe_lora.fonts import chinese_fonts
+
     look: dict[str, Any] = {
-        "font.family": ["DejaVu Sans", *(font for font in _CHINESE_FONTS if font in known)],
+        "font.family": ["DejaVu Sans", *chinese_fonts()],
         "font.size": 9.0,
         "text.parse_math": False,  # a dollar in a prompt is a dollar
     }

@@ -123,13 +123,46 @@ def resources(
     raise typer.Exit(code)
 
 
-def parse_grids(text: str) -> list[tuple[int, int, int]]:
-    """ "21x16x16,21x30x52" -> token grids of F, H, W; raises WanmoeError for anything else."""
+@app.command()
+def data(
+    samples: Annotated[int, typer.Option(min=2, help="Clips that are written and read.")] = 48,
+    latent: Annotated[str, typer.Option(help="Latent size FxHxW.")] = "21x60x104",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a caption, 4096 wide.")] = 512,
+    workers: Annotated[str, typer.Option(help="Numbers of reader processes, with commas.")] = "0,1,2,4",
+    rounds: Annotated[int, typer.Option(min=1, help="Times that every case is measured.")] = 3,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(help="Folder on the disk to measure. Default: the system's for temporary files."),
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Samples a second from shards: by offset, streamed, and by plain webdataset, cold and warm."""
+    from ..kernels.bench.benchmark import default_folder
+    from .bench_data import Sizes, bench_data, table, write_result
+
+    counts = [word.strip() for word in workers.split(",")]
+    if not all(word.isdecimal() for word in counts):
+        raise WanmoeError(f"--workers {workers!r}: expected numbers, for example 0,2,4")
+    (size,) = parse_grids(latent, "--latent")
+    result = bench_data(
+        Sizes(samples, size, tokens),
+        [int(word) for word in counts],
+        rounds,
+        scratch,
+        ["wanmoe", *sys.argv[1:]],
+        typer.echo,
+    )
+    path = write_result(result, out or default_folder(chosen_device("cpu")))
+    typer.echo(f"{table(result)}\nwrote {path}")
+
+
+def parse_grids(text: str, option: str = "--tokens") -> list[tuple[int, int, int]]:
+    """ "21x16x16,21x30x52" -> grids of F, H, W; raises WanmoeError for anything else."""
     grids = []
     for word in text.split(","):
         numbers = word.strip().split("x")
         if len(numbers) != 3 or not all(number.isdecimal() and int(number) for number in numbers):
-            raise WanmoeError(f"--tokens {word.strip()!r}: expected FxHxW, for example 21x16x16")
+            raise WanmoeError(f"{option} {word.strip()!r}: expected FxHxW, for example 21x16x16")
         frames, height, width = map(int, numbers)
         grids.append((frames, height, width))
     return grids

@@ -8,18 +8,18 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..moe_lora.errors import WanmoeError
 from .bench import app as bench_app
+from .clips import clips
 from .convert import convert, inspect
+from .data import app as data_app
 from .generate import generate
-from .options import Device, Size, Text, Tokenizer, Vae, chosen_device
-
-if TYPE_CHECKING:
-    pass
+from .options import Size
+from .prepare import PrepareCommand, prepare
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +30,9 @@ app = typer.Typer(
     help="LoRA mixture-of-experts for Wan2.2: clips to shards, training under DeepSpeed, generation.",
 )
 
+app.command()(clips)
+app.command(cls=PrepareCommand)(prepare)
+app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.command()(generate)
 app.command()(convert)
@@ -65,63 +68,6 @@ def synth(
         background=background,
     )
     typer.echo(f"wrote {path}")
-
-
-@app.command()
-def prepare(
-    clips: Annotated[Path, typer.Option(help="clips.jsonl, or a folder of videos.")],
-    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
-    vae: Vae,
-    text: Text,
-    tokenizer: Tokenizer = None,
-    size: Size = (480, 832),
-    frames: Annotated[int, typer.Option(help="Frames per sample, 4 n + 1.")] = 81,
-    fps: Annotated[float, typer.Option(help="Resample to this rate; 0 keeps the clip's own.")] = 16.0,
-    stride: Annotated[int | None, typer.Option(help="Frames between the windows of one clip.")] = None,
-    val_fraction: Annotated[
-        float, typer.Option(min=0.0, max=0.9, help="Share of the sources held out.")
-    ] = 0.2,
-    task: Annotated[str, typer.Option(help="t2v or i2v.")] = "t2v",
-    experts: Annotated[
-        Path | None, typer.Option(help="Config whose adapter.experts name the labels.")
-    ] = None,
-    seed: int = 0,
-    device: Device = None,
-) -> None:
-    """Encode clips into latent shards: latent, text, ROI and labels, verified by checksums."""
-    from ..moe_lora.wan.codec import load_vae
-    from ..moe_lora.wan.text import load_text_encoder
-    from ..train.data.clip_list import clips_from_folder, read_clip_list
-    from ..train.data.prepare import prepare as run
-    from .config import load_experts
-
-    place = chosen_device(device)
-    listed = clips_from_folder(clips) if clips.is_dir() else read_clip_list(clips)
-    run(
-        listed,
-        out,
-        codec=load_vae(vae, device=place),
-        text_encoder=load_text_encoder(text, tokenizer_path=tokenizer, device=place),
-        experts=load_experts(experts),
-        size=size,
-        frames=frames,
-        fps=fps or None,
-        window_stride=stride,
-        val_fraction=val_fraction,
-        seed=seed,
-        task=task,
-    )
-
-
-@app.command()
-def verify(shards: Annotated[Path, typer.Argument(help="Folder of shards.")]) -> None:
-    """Read every sample of a folder of shards, check sums, shapes and labels, and print what is there."""
-    from ..train import verify_shards
-
-    report = verify_shards(shards)
-    typer.echo(str(report))
-    if not report.ok:
-        raise typer.Exit(1)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

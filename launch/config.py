@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..moe_lora import AdapterConfig, Expert, ExpertSet, WanmoeError
 from ..train.config import Section, TrainerConfig
+from ..train.data.store import is_url
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -96,7 +97,7 @@ def resolve_paths(tree: dict[str, Any], folder: Path) -> None:
     for dotted in PATH_KEYS:
         section, key = dotted.split(".")
         value = tree.get(section, {}).get(key) if isinstance(tree.get(section), dict) else None
-        if isinstance(value, str):
+        if isinstance(value, str) and not is_url(value):
             tree[section][key] = str((folder / value).resolve())
 
 

@@ -97,6 +97,9 @@ def environment(config: LaunchConfig) -> dict[str, str]:
     """The environment of the ranks: DeepSpeed's CPU accelerator where there is no GPU, and cores shared
     fairly."""
     env = dict(os.environ)
+    # Our readers open files by themselves; nothing else of webdataset in a rank shall run a shell for a URL
+    # or unpickle. For the ranks alone: a program that imports this package may use webdataset as it likes.
+    env.setdefault("WDS_SECURE", "1")
     if not torch.cuda.is_available():
         env.setdefault("DS_ACCELERATOR", "cpu")
         threads = max((os.cpu_count() or 1) // local_ranks(config), 1)

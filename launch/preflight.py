@@ -37,6 +37,11 @@ def preflight(config: Config) -> None:
     if stage != "pretrain":
         check_router(config)
     spec = STAGES[stage_name(config)]
+    if config.data.reader == "streaming" and config.data.balanced and spec.routing in ("labels", "router"):
+        raise WanmoeError(
+            "data.balanced: a stream cannot be balanced over the instruments; set data.balanced = false, or "
+            'data.reader = "indexed"'
+        )
     for split in ("train", "val"):
         dataset = ShardDataset(config.data.shards, split)
         if stage != "pretrain":

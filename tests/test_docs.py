@@ -1,5 +1,6 @@
 """The commands of the guide, run as they stand, in order, in an empty folder (trap A28)."""
 
+import json
 import os
 import re
 import subprocess
@@ -83,6 +84,19 @@ def test_the_commands_of_the_page_on_interoperation(folder):
     assert run_python(code, folder).split()[2] == "0.0"  # an export without --rank is exact
 
 
+def test_the_commands_of_the_page_on_data(tmp_path):
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    cut, encode, repair, bench = blocks("bash", page)
+    run(cut, tmp_path)
+    clips = (tmp_path / "clips.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(clips) == 7 and {json.loads(line)["frames"] for line in clips} == {17, 33}
+    said = run(encode, tmp_path)
+    assert "7 samples" in said and "FAULT" not in said
+    assert (tmp_path / "sheet.png").stat().st_size > 10_000 and not (tmp_path / "shards.work").exists()
+    assert "nothing to repair" in run(repair, tmp_path)
+    assert "webdataset" in run(bench, tmp_path)
+
+
 def test_the_toml_of_the_guide_is_a_valid_set_of_experts(tmp_path):
     from wanmoe.launch.config import load_experts
 
@@ -121,6 +135,7 @@ def test_the_commands_of_the_page_on_kernels(tmp_path):
         "docs/guide.md",
         "docs/generate.md",
         "docs/interop.md",
+        "docs/data.md",
         "docs/kernels.md",
         "csrc/README.md",
         "kernels/lora_moe/README.md",

@@ -43,14 +43,20 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Section `data`: the shards and how they are read."""
 
-    shards: Path
-    """Folder written by `wanmoe prepare`."""
+    shards: str
+    """Folder written by `wanmoe prepare`, or its URL (`https://...`, `s3://...`)."""
+    reader: Literal["indexed", "streaming"] = "indexed"
+    """indexed: every sample by its place in the shard, in an order that depends on the seed alone. streaming:
+    shard after shard, for object stores; the order also depends on the ranks and workers."""
     batch: int = Field(1, ge=1)
     """Clips per rank and forward."""
     val_batch: int | None = Field(None, ge=1)
     """Held-out clips per rank and forward; default: as `batch`. They need no graph, so more of them fit."""
-    workers: int = Field(0, ge=0)
-    """Reader processes per rank; 0 reads in the training process."""
+    workers: int = Field(2, ge=0)
+    """Reader processes per rank, which read ahead; 0 reads in the training process."""
+    max_bad_samples: int = Field(10, ge=0)
+    """Samples that cannot be read are named and replaced by others; training stops when there are more of
+    them than this."""
     balanced: bool = True
     """In stages b and c, draw every instrument equally often however many clips it has."""
     caption_dropout: float = Field(0.1, ge=0, lt=1)

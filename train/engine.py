@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,8 @@ DEEPSPEED_FLOOR = (0, 19, 8)
 MAX_BUCKET = 200_000_000
 # Per-parameter state of AdamW beside its step count.
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+Result = TypeVar("Result")
 
 
 class RoutedDiT(nn.Module):
@@ -94,8 +97,14 @@ def check_versions() -> None:
         raise WanmoeError(f"deepspeed {found} is too old; run: pip install 'deepspeed>={floor}'")
 
 
-def init_distributed(timeout_minutes: int = 30) -> tuple[int, int, torch.device]:
-    """(rank, world size, device) after joining the process group that the launcher described."""
+def init_distributed(
+    backend: str | None = None, timeout: datetime.timedelta = datetime.timedelta(minutes=30)
+) -> tuple[int, int, torch.device]:
+    """(rank, world size, device) after joining the process group that the launcher described.
+
+    Args:
+        backend: "gloo" where only a few names go between the ranks; default: nccl on GPUs.
+    """
     import deepspeed
 
     # DeepSpeed 0.19 calls collectives under names that torch 2.13 has renamed.
@@ -105,15 +114,14 @@ def init_distributed(timeout_minutes: int = 30) -> tuple[int, int, torch.device]
         raise WanmoeError(
             f"{', '.join(missing)} not set: start with `wanmoe train` or the deepspeed launcher"
         )
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if backend == "nccl":
+    gpus = torch.cuda.is_available()
+    backend = backend or ("nccl" if gpus else "gloo")
+    if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(
-        dist_backend=backend, verbose=False, timeout=datetime.timedelta(minutes=timeout_minutes)
-    )
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     if backend == "gloo":
         _drop_shared_buffer(dist.get_rank())
-    device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -177,6 +185,21 @@ def uses_bf16(config: TrainerConfig, device: torch.device) -> bool:
     return config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
 
 
+def together(action: Callable[[], Result]) -> Result:
+    """Does `action` on every rank; where it raises WanmoeError on any, all raise, and none waits."""
+    result, fault = None, None
+    try:
+        result = action()
+    except WanmoeError as error:
+        fault = str(error)
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    for rank, text in enumerate(faults):
+        if text is not None:
+            raise WanmoeError(text if all(one == text for one in faults) else f"on rank {rank}: {text}")
+    return cast("Result", result)
+
+
 def agree(what: Mapping[str, Any]) -> None:
     """Raises on every rank, naming the values, unless all ranks hold the same `what`."""
     everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
@@ -232,6 +255,17 @@ def allocate_moments(engine: Any, step: int) -> None:
     for shard in engine.optimizer.fp32_partitioned_groups_flat:
         moments = {key: torch.zeros_like(shard) for key in MOMENTS}
         states[shard] = {"step": torch.tensor(float(step)), **moments}
+
+
+def lr_factor(step: int, config: TrainerConfig, spec: StageSpec) -> float:
+    """Factor on the peak learning rate at a step: linear warm-up, then constant or cosine to zero."""
+    warmup = config.optimizer.warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    if (config.optimizer.schedule or spec.schedule) == "constant":
+        return 1.0
+    progress = (step - warmup) / max(config.train.steps - warmup, 1)
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def set_lr(engine: Any, factor: float) -> float:

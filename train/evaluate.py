@@ -117,7 +117,9 @@ def _losses(
         if one_hot is not None:
             rule = torch.zeros_like(rule)
             rule[:, one_hot] = 1.0
-        v: Tensor = module(x_t, t, batch.context, batch.pooled, rule, batch.image_latent)[0]
+        context = [tokens.float() for tokens in batch.context]
+        image = None if batch.image_latent is None else batch.image_latent.float()
+        v: Tensor = module(x_t, t, context, batch.pooled, rule, image)[0]
         return v
 
     experts = adapter.experts if adapter is not None else ExpertSet()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import signal
 import sys
@@ -26,13 +25,23 @@ from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weights import save_dit
 from . import checkpoint
 from .config import TrainerConfig
-from .data.batch import Batch, LabelGates, TrainBatches, check_labels
+from .data.batch import Batch, Fault, LabelGates, check_labels
+from .data.loader import TrainBatches, open_reader
 from .data.shards import ShardDataset
-from .engine import RoutedDiT, agree, init_distributed, make_engine, set_lr, uses_bf16
-from .model import check_text_width, file_hashes, load_model, local_files, side_of, side_range
+from .engine import (
+    RoutedDiT,
+    agree,
+    init_distributed,
+    lr_factor,
+    make_engine,
+    set_lr,
+    together,
+    uses_bf16,
+)
+from .model import check_shards_fit, file_hashes, load_model, local_files, side_of, side_range
 from .objective import draw_t, flow_matching_loss, noised, sample_generator
-from .stages import STAGES, StageSpec, select_trainable, stage_name
-from .tracking import Tracker
+from .stages import STAGES, select_trainable, stage_name
+from .tracking import Tracker, flatten
 from .validate import held_out_losses, levels_within
 
 # Settings that change what is learned: a resume with others is another run.
@@ -41,7 +50,7 @@ LEARNING: dict[str, Any] = {
     "router": True,
     "objective": True,
     "optimizer": True,
-    "data": {"balanced", "caption_dropout"},
+    "data": {"reader", "balanced", "caption_dropout"},
     "train": {"train_router", "precision"},
 }
 CHOOSE = "choose another train.run or set train.resume = false"
@@ -75,7 +84,7 @@ class Trainer:
         self.dit, self.adapter = load_model(config, torch.bfloat16 if uses_bf16(config, device) else None)
         self.dit.checkpointing = config.train.checkpointing
         self.t_range = side_range(config, self.spec, self.dit.config.boundary)
-        self._load_data()
+        together(self._load_data)
         path, state, trainer = self._find_resume()
         self.step = int(trainer.get("step", 0))
         # Paths may differ between nodes; what lies there may not, as far as a quick look tells.
@@ -88,6 +97,7 @@ class Trainer:
         settings = {
             "the config": config.model_dump_json(exclude=paths),
             "the tuned table of the kernels": table.digest(device),
+            "the order of the samples": [self.batches.order.batch(step) for step in range(16)],
         }
         agree({"the resume state": path and path.name} | settings | local_files(config) | self._identity())
         self.trainable = select_trainable(self.spec, self.dit, self.adapter)
@@ -107,6 +117,8 @@ class Trainer:
             self._say(f"resuming {self.run} at step {self.step}")
         self.unseen_gradients = set() if state is not None else set(self.trainable)
         self.bad_steps = 0
+        self.bad_samples: dict[str, str] = {}
+        """Why a sample could not be read, by key, over all ranks."""
         self.stop_signal: int | None = None
         self.tracker = self._tracker(trainer)
 
@@ -121,7 +133,7 @@ class Trainer:
         self.gates = LabelGates(experts, router, needed=by_label)
         # A router learns from the captions: it must see them all.
         self.caption_dropout = 0.0 if self.spec.trains == ("router",) else config.data.caption_dropout
-        dataset = ShardDataset(config.data.shards, "train")
+        dataset = open_reader(config.data, config.train.seed)
         self.held_out = ShardDataset(config.data.shards, "val")
         self.batches = TrainBatches(
             dataset,
@@ -134,8 +146,10 @@ class Trainer:
             balanced=config.data.balanced and by_label,
             workers=config.data.workers,
             caption_dropout=self.caption_dropout,
+            max_bad=config.data.max_bad_samples,
+            pin=self.device.type == "cuda",
         )
-        check_text_width(self.dit, dataset)
+        check_shards_fit(self.dit, dataset)
         if by_label:
             unseen = check_labels(dataset, self.gates)
             if unseen:
@@ -173,7 +187,7 @@ class Trainer:
             "stage": stage_name(self.config),
             "seed": self.config.train.seed,
             "steps": self.config.train.steps,
-            "data": self.batches.dataset.fingerprint,
+            "data": self.batches.shards.fingerprint,
             "global_batch": self.batches.global_batch,
             **self.hashes,
             **flatten(self.config.model_dump(mode="json", include=LEARNING)),
@@ -207,7 +221,7 @@ class Trainer:
             prefix = f"all {blocks} blocks train"
         return (
             f"stage {self.config.train.stage}: {self._trainable_count():,} trainable parameters, {prefix}, "
-            f"{len(self.batches.dataset)} clips, {len(self.held_out)} held out, global batch "
+            f"{len(self.batches.shards)} clips, {len(self.held_out)} held out, global batch "
             f"{self.batches.global_batch} on {self.world} ranks ({self.device.type}), "
             f"t in {list(self.t_range)}"
         )
@@ -266,8 +280,11 @@ class Trainer:
         totals: dict[str, float] = {}
         stop = skipped = False
         seen: list[str] = []
+        waited = 0.0
         for micro in range(config.train.accumulation):
+            asked = time.monotonic()
             batch: Batch = next(batches)
+            waited += time.monotonic() - asked
             seen += batch.keys
             # Dropout, too, is a function of the position in the sample order.
             torch.manual_seed(
@@ -276,7 +293,7 @@ class Trainer:
             last = micro + 1 == config.train.accumulation
             self.engine.set_gradient_accumulation_boundary(last)
             losses = self.losses(batch)
-            figures, finite, stop = self._agree(losses)
+            figures, finite, stop = self._agree(losses, batch.faults)
             if not finite:
                 self._report_bad(batch.keys, "the loss is not finite")
                 # What earlier forwards of this step have accumulated goes too, and the batches of the later
@@ -296,6 +313,7 @@ class Trainer:
             skipped = True
         values = {f"train/{name}": value for name, value in totals.items()} | {"train/lr": lr}
         values["train/skipped_step"] = float(skipped)
+        values |= {"data/wait_s": waited, "data/bad_samples": float(len(self.bad_samples))}
         values.setdefault("train/loss", math.nan)
         if not skipped:
             self.bad_steps = 0
@@ -307,7 +325,7 @@ class Trainer:
         config, device = self.config, self.device
         x_t, t, target = self._noise(batch)
         context = self._drop_captions(batch)
-        image = None if batch.image_latent is None else batch.image_latent.to(device)
+        image = None if batch.image_latent is None else batch.image_latent.to(device, torch.float32)
         rule = batch.rule.to(device)
         v, probs = self.engine(x_t, t, context, batch.pooled.to(device), rule, image)
         losses = {"diffusion": flow_matching_loss(v, target).mean()}
@@ -322,7 +340,8 @@ class Trainer:
         u = torch.cat([torch.rand(1, generator=stream, dtype=torch.float64) for stream in streams])
         noise = torch.stack([torch.randn(batch.latent.shape[1:], generator=stream) for stream in streams])
         t = draw_t(u, self.config.objective, self.t_range).to(self.device)
-        x_t, target = noised(batch.latent.to(self.device), noise.to(self.device), t)
+        latent = batch.latent.to(self.device, torch.float32, non_blocking=True)
+        x_t, target = noised(latent, noise.to(self.device), t)
         return x_t, t, target
 
     def _drop_captions(self, batch: Batch) -> list[Tensor]:
@@ -339,15 +358,33 @@ class Trainer:
     def _dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.engine.bfloat16_enabled() else torch.float32
 
-    def _agree(self, losses: dict[str, Tensor]) -> tuple[dict[str, float], bool, bool]:
-        """(mean figures over ranks, whether the loss is finite on all, whether any rank was told to stop)."""
+    def _agree(self, losses: dict[str, Tensor], faults: list[Fault]) -> tuple[dict[str, float], bool, bool]:
+        """(mean figures over ranks, whether the loss is finite on all, whether any rank was told to stop).
+
+        Samples that any rank could not read are named here, and are too many on all ranks at once.
+        """
         values = torch.stack([value.detach().float() for value in losses.values()])
         finite = torch.isfinite(values).all()
-        flags = torch.stack([(~finite).float(), values.new_tensor(float(self.stop_signal is not None))])
-        packed = torch.cat([torch.nan_to_num(values), flags])
+        told = values.new_tensor([float(self.stop_signal is not None), float(len(faults))])
+        packed = torch.cat([torch.nan_to_num(values), (~finite).float().view(1), told])
         dist.all_reduce(packed)
         means = (packed / self.world).tolist()
-        return dict(zip(losses, means, strict=False)), means[-2] == 0, means[-1] > 0
+        if means[-1] > 0:
+            self._report_faults(faults)
+        return dict(zip(losses, means, strict=False)), means[-3] == 0, means[-2] > 0
+
+    def _report_faults(self, own: list[Fault]) -> None:
+        every: list[list[Fault]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(every, own)
+        for fault in (fault for part in every for fault in part):
+            if self.bad_samples.setdefault(fault.key, fault.reason) is fault.reason:
+                self._say(f"step {self.step}: replaced a sample that cannot be read: {fault.reason}")
+        if len(self.bad_samples) > self.config.data.max_bad_samples:
+            raise WanmoeError(
+                f"{self.config.data.shards}: {len(self.bad_samples)} samples cannot be read, at last "
+                f"{list(self.bad_samples.values())[-1]}; mend the shards (`wanmoe data verify`, `wanmoe data "
+                "repair`) or raise data.max_bad_samples"
+            )
 
     def _report_bad(self, own_keys: list[str], cause: str) -> None:
         self.bad_steps += 1
@@ -358,7 +395,7 @@ class Trainer:
         if self.bad_steps >= self.config.train.max_bad_steps:
             raise WanmoeError(
                 f"{self.bad_steps} steps in a row were skipped, at last because {cause} (samples: {named}); "
-                "lower optimizer.lr or check the shards with `wanmoe verify`"
+                "lower optimizer.lr or check the shards with `wanmoe data verify`"
             )
 
     def _check_gradients(self, last: bool) -> None:
@@ -373,7 +410,7 @@ class Trainer:
             gradient = safe_get_full_grad(self.trainable[name])
             if gradient is not None and bool(gradient.any()):
                 self.unseen_gradients.discard(name)
-        epoch = math.ceil(len(self.batches.dataset) / self.batches.global_batch) + 2
+        epoch = math.ceil(len(self.batches.shards) / self.batches.global_batch) + 2
         deadline = min(max(epoch, 4), self.config.train.steps) - 1
         dead = sorted(self.unseen_gradients)
         if self.step == deadline and dead and self.step >= 3:
@@ -392,7 +429,7 @@ class Trainer:
         self.engine.eval()
 
         def predict(x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
-            image = None if batch.image_latent is None else batch.image_latent.to(self.device)
+            image = None if batch.image_latent is None else batch.image_latent.to(self.device).float()
             context = [tokens.to(self.device, self._dtype) for tokens in batch.context]
             rule = batch.rule.to(self.device)
             v: Tensor = self.engine(x_t, t, context, batch.pooled.to(self.device), rule, image)[0]
@@ -459,27 +496,3 @@ class Trainer:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_signal = number
-
-
-def lr_factor(step: int, config: TrainerConfig, spec: StageSpec) -> float:
-    """Factor on the peak learning rate at a step: linear warm-up, then constant or cosine to zero."""
-    warmup = config.optimizer.warmup_steps
-    if step < warmup:
-        return (step + 1) / warmup
-    if (config.optimizer.schedule or spec.schedule) == "constant":
-        return 1.0
-    progress = (step - warmup) / max(config.train.steps - warmup, 1)
-    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys; lists as JSON."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = (
-                json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
-            )
-    return flat

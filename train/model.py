@@ -15,7 +15,7 @@ from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weight_files import weight_files
 from ..moe_lora.wan.weights import dit_hash, load_dit
 from .config import TrainerConfig
-from .data.shards import ShardDataset
+from .data.shards import ShardIndex
 from .stages import STAGES, StageSpec, stage_name
 
 
@@ -93,16 +93,15 @@ def check_same_adapter(config: TrainerConfig, adapter: Adapter, path: Path) -> N
             raise WanmoeError(f"adapter.{key} = {asked} but {path} has {found}; drop the key or start afresh")
 
 
-def check_text_width(dit: WanDiT, dataset: ShardDataset) -> None:
+def check_shards_fit(dit: WanDiT, shards: ShardIndex) -> None:
     """Shards encoded for another text encoder or task are refused before the first step."""
-    sample = dataset[0]
-    if sample.context.shape[-1] != dit.config.text_dim:
+    if shards.manifest["text_dim"] != dit.config.text_dim:
         raise WanmoeError(
-            f"{dataset.root}: text embeddings are {sample.context.shape[-1]} wide, the model reads "
+            f"{shards.root}: text embeddings are {shards.manifest['text_dim']} wide, the model reads "
             f"{dit.config.text_dim}; prepare the clips with this model's text encoder"
         )
-    if (dit.config.task == "i2v") != (sample.image_latent is not None):
-        raise WanmoeError(f"{dataset.root}: prepared for another task than {dit.config.task}; prepare again")
+    if (dit.config.task == "i2v") != shards.manifest["image_latents"]:
+        raise WanmoeError(f"{shards.root}: prepared for another task than {dit.config.task}; prepare again")
 
 
 def side_of(noise_expert: str, boundary: float) -> tuple[float, float]:

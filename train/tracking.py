@@ -130,3 +130,16 @@ def _lines(path: Path) -> list[dict[str, float]]:
 
 def _write_lines(path: Path, lines: list[dict[str, float]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys; lists as JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = (
+                json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
+            )
+    return flat

@@ -5,8 +5,7 @@ Letters: B clips, E experts, N held-out clips, T noise levels.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -48,14 +47,10 @@ def held_out_losses(
     distributed = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     losses = torch.zeros(len(dataset), len(levels), device=device)
-    rounds = math.ceil(len(dataset) / (batch * world))
-    for turn in range(rounds):
-        first = (turn * world + rank) * batch
-        # A rank that has run out repeats clip 0, uncounted, so that all ranks do the same forwards.
-        own = list(range(first, min(first + batch, len(dataset))))
-        indices = own or [0]
+    for indices, counted in _rounds(list(dataset.buckets.values()), batch, rank, world):
+        own = indices if counted else []
         clips = collate([dataset[index] for index in indices], indices, gates)
-        latent = clips.latent.to(device)
+        latent = clips.latent.to(device, torch.float32)
         for column, level in enumerate(levels):
             t = torch.full((len(indices),), level, device=device)
             x_t, target = noised(latent, _noise(clips, level).to(device), t)
@@ -65,6 +60,19 @@ def held_out_losses(
     if distributed:
         dist.all_reduce(losses)
     return losses.cpu()
+
+
+def _rounds(
+    buckets: Sequence[Sequence[int]], batch: int, rank: int, world: int
+) -> Iterator[tuple[list[int], bool]]:
+    """The samples of each forward of this rank, of one size, and whether they count.
+
+    A rank that has run out repeats a clip, uncounted, so that all ranks do the same forwards.
+    """
+    for bucket in buckets:
+        for first in range(0, len(bucket), batch * world):
+            own = list(bucket[first + rank * batch : first + (rank + 1) * batch])
+            yield own or [bucket[0]], bool(own)
 
 
 def _noise(clips: Batch, level: float) -> Tensor:

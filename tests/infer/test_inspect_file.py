@@ -362,7 +362,7 @@ def test_caches_of_musubi(tmp_path):
 
 def test_a_folder_of_shards(tmp_path):
     manifest = {
-        "format": "wanmoe-shards/1",
+        "format": "wanmoe-shards/2",
         "task": "t2v",
         "codec": {"name": "haar"},
         "text_encoder": {"name": "hash"},
@@ -370,7 +370,7 @@ def test_a_folder_of_shards(tmp_path):
         "shards": [{"name": "a.tar", "bytes": 10}, {"name": "b.tar", "bytes": 20}],
     }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    report = reported(tmp_path, format="shards of wanmoe (wanmoe-shards/1)", task="t2v", bytes=30)
+    report = reported(tmp_path, format="shards of wanmoe (wanmoe-shards/2)", task="t2v", bytes=30)
     assert any("train 5, val 2" in line for line in report.lines())
     for part, value in (
         ("shards", [{}]),

@@ -20,8 +20,14 @@ from wanmoe.train.synth import synth_clips
 # Names that users and scripts rely on; a new option is added here, one that goes is a break.
 OPTIONS = {
     "synth": "out clips val size frames seed instruments background",
-    "prepare": "clips out vae text tokenizer size frames fps stride val-fraction task experts seed device",
-    "verify": "",
+    "clips": "out videos format video frames fps seconds experts val-fraction seed licence",
+    "prepare": "clips cache out vae text tokenizer size frames fps stride val-fraction task experts seed "
+    "device ranks",
+    "data": "",
+    "data verify": "",
+    "data repair": "apply",
+    "data stats": "json",
+    "data show": "out vae split samples key any-codec device",
     "train": "config",
     "evaluate": "dit shards adapter wrong-expert out",
     "generate": "prompt prompts model dit dit-high-noise vae text t5 tokenizer clip task output-path "
@@ -35,6 +41,7 @@ OPTIONS = {
     "demo": "out clips ranks seed",
     "bench": "suite rows variants out device",
     "bench block": "tokens preset compiled out device",
+    "bench data": "samples latent tokens workers rounds scratch out",
     "bench tune": "linears tokens",
     "bench resources": "archs out",
 }
@@ -170,10 +177,10 @@ def test_a_shard_cut_short_is_named_by_train_and_by_verify(monkeypatch, capsys, 
     _, expected, mend = cut_shard(work, tmp_path)
     code, line = run(monkeypatch, capsys, "train", "--config", work / "a.toml")
     assert code == 2 and all(word in line for word in expected), line
-    code, _ = run(monkeypatch, capsys, "verify", work / "shards")
+    code, _ = run(monkeypatch, capsys, "data", "verify", work / "shards")
     assert code == 1
     mend()
-    code, _ = run(monkeypatch, capsys, "verify", work / "shards")
+    code, _ = run(monkeypatch, capsys, "data", "verify", work / "shards")
     assert code == 0
 
 
@@ -348,7 +355,8 @@ def test_prepare_hands_its_device_on(monkeypatch, capsys, work, tmp_path):
         "--frames",
         "5",
     )
-    for words, device in (((), "cuda"), (("--device", "cuda:1"), "cuda:1"), (("--device", "cpu"), "cpu")):
+    # Without --device, two cards are two ranks: tests/launch/test_prepare.py.
+    for words, device in ((("--device", "cuda:1"), "cuda:1"), (("--device", "cpu"), "cpu")):
         code, line = run(monkeypatch, capsys, "prepare", *arguments, "--out", tmp_path / "shards", *words)
         assert code == 0, line
         assert places == dict.fromkeys(("load_vae", "load_text_encoder"), torch.device(device))
@@ -387,4 +395,6 @@ def test_no_space_left_is_one_line_and_leaves_nothing(work, tmp_path, command):
     assert done.returncode == 2, done.stderr[-2000:]
     assert last.startswith("wanmoe: error: ") and "out/" in last and "File too large" in last
     assert "Traceback" not in done.stderr
-    assert list((tmp_path / "out").rglob("*")) == []
+    # What prepare has finished stays for the next try, in a folder of its own beside the one asked for.
+    kept = {"shards.work"} if command == "prepare" else set()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == kept

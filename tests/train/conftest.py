@@ -60,7 +60,7 @@ def config(shards, base, tmp_path) -> dict:
     return {
         "model": {"dit": str(base)},
         "adapter": {"blocks": 2, "ffn_blocks": 1},
-        "data": {"shards": str(shards), "batch": 1},
+        "data": {"shards": str(shards), "batch": 1, "workers": 0},
         "optimizer": {"lr": 1e-2, "warmup_steps": 2},
         "train": {"stage": "a", "run": str(tmp_path / "run"), "steps": 6, "log_every": 1},
         "tracking": {"enabled": False},

@@ -7,7 +7,7 @@ from wanmoe.launch.config import parse_config
 from wanmoe.moe_lora import AdapterConfig, RouterConfig, WanmoeError, attach, save_adapter
 from wanmoe.moe_lora.wan.weights import dit_hash, load_dit
 from wanmoe.train import ShardDataset
-from wanmoe.train.model import check_text_width, file_hashes, load_model, side_range
+from wanmoe.train.model import check_shards_fit, file_hashes, load_model, side_range
 from wanmoe.train.stages import STAGES
 
 
@@ -97,10 +97,10 @@ def test_pretrain_starts_from_the_seed(config):
 
 def test_shards_of_another_text_encoder_are_refused(base, shards, tmp_path):
     dit = load_dit(base)
-    check_text_width(dit, ShardDataset(shards))
+    check_shards_fit(dit, ShardDataset(shards))
     dit.config = type(dit.config)(**{**vars(dit.config), "text_dim": 64})
     with pytest.raises(WanmoeError, match="text embeddings are 16 wide, the model reads 64"):
-        check_text_width(dit, ShardDataset(shards))
+        check_shards_fit(dit, ShardDataset(shards))
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 from ...moe_lora.errors import WanmoeError
 from ...moe_lora.files import write_atomic
+from .captions import TOOLS as _TOOLS
 from .clips import GIVEN, INTERPOLATED, Box, Clip, Polygon, Tip
 
 _SECONDS = re.compile(r"\s*\[\d+(\.\d+)?s\]\s*$")  # the ` [3s]` that some tools append to a line
-_TOOLS = re.compile(r"\[\s*tools?\s+(?:in|observed)\s*:\s*([^\]]*)\]", re.IGNORECASE)
 SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
 Mark = TypeVar("Mark", Tip, Box, Polygon)
 
@@ -137,7 +137,7 @@ def _clip(line: str, path: Path, origin: str) -> Clip:
             raise WanmoeError(f"{origin}: the key {key!r} is missing")
         if not isinstance(row[key], str) or not row[key].strip():
             raise WanmoeError(f"{origin}: {key!r} must be a text that is not empty, got {row[key]!r}")
-    tools = " ".join([*_texts(row, "tools", origin), *_TOOLS.findall(row["caption"])])
+    tools = ", ".join([*_texts(row, "tools", origin), *_TOOLS.findall(row["caption"])])
     video = path.parent / row["video_path"]
     return Clip(
         video_path=video,

@@ -58,7 +58,7 @@ class SampleOrder:
         return self.replacement(position, 0)
 
     def replacement(self, position: int, attempt: int) -> int:
-        """What stands in for the sample at `position`: the one `attempt` places later in its bucket's epoch."""
+        """What stands in for the sample at `position`: the one `attempt` places later in its epoch."""
         step, place = divmod(position, self.global_batch)
         bucket, turn = self._find(step)
         places = self._places[bucket]

@@ -4,14 +4,9 @@ Letters: F, H, W latent frames, height, width; n tokens of the caption; D width 
 """
 
 import hashlib
-import json
-import math
-import os
 import zlib
 from collections.abc import Mapping
-from io import BufferedWriter
 from pathlib import Path
-from tarfile import BLOCKSIZE, RECORDSIZE, USTAR_FORMAT, TarInfo
 from types import TracebackType
 from typing import Any
 
@@ -31,9 +26,12 @@ from .shards import (
     TEXT,
     TEXTS,
     ShardError,
+    compact_json,
     histogram,
     is_shard_file,
+    manifest_bytes,
 )
+from .tar_file import TarFile
 
 
 class ShardWriter:
@@ -78,11 +76,13 @@ class ShardWriter:
         self.manifest: dict[str, Any] = {}
         """What went to `manifest.json`; filled when the block ends."""
         self._staging = Staging(root, is_shard_file)
-        self._open: dict[tuple[str, str], _TarFile] = {}
+        self._open: dict[tuple[str, str], TarFile] = {}
         self._done: list[dict[str, Any]] = []
         self._rows: list[dict[str, Any]] = []
         self._keys: set[str] = set()
         self._counts: dict[tuple[str, str], int] = {}
+        self._kind: dict[str, Any] = {}
+        """What all samples have in common: the width of the text, and whether they have an image latent."""
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -153,6 +153,10 @@ class ShardWriter:
             raise ShardError(
                 tar.name, key, TEXT, f"a context is [n, D] with n >= 1; got {list(context.shape)}"
             )
+        kind = {"text_dim": context.shape[1], "image_latents": image_latent is not None}
+        self._kind = self._kind or kind
+        if kind != self._kind:
+            raise ShardError(tar.name, key, None, f"{kind} beside samples with {self._kind}")
         text = self._add_text(tar.name, key, context)
         body = {**meta, "key": key, "split": split, "bucket": bucket, "text": text, **self.head}
         body.pop("format")
@@ -161,7 +165,7 @@ class ShardWriter:
             parts[ROI] = self._pack(tar.name, key, {"roi": roi, "picture": picture})
         if flow is not None:
             parts[FLOW] = self._pack(tar.name, key, {"flow": flow, "visible": visible})
-        parts[META] = _json(body)
+        parts[META] = compact_json(body)
         places = self._append(tar, key, parts)
         row = {"key": key, "split": split, "bucket": bucket, "shard": tar.name, "text": text}
         self._rows.append({**row, "instruments": list(body["instruments"]), "parts": places})
@@ -180,7 +184,7 @@ class ShardWriter:
                 self._close((TEXTS, ""))
         return text
 
-    def _append(self, tar: "_TarFile", key: str, parts: Mapping[str, bytes]) -> dict[str, dict[str, int]]:
+    def _append(self, tar: TarFile, key: str, parts: Mapping[str, bytes]) -> dict[str, dict[str, int]]:
         places: dict[str, dict[str, int]] = {}
         try:
             for part, data in parts.items():
@@ -215,13 +219,13 @@ class ShardWriter:
                 )
         return save(stored)
 
-    def _tar(self, split: str, bucket: str) -> "_TarFile":
+    def _tar(self, split: str, bucket: str) -> TarFile:
         if (split, bucket) not in self._open:
             number = self._counts.get((split, bucket), 0)
             self._counts[split, bucket] = number + 1
             name = "-".join(filter(None, (split, bucket, f"{number:06d}"))) + ".tar"
             try:
-                self._open[split, bucket] = _TarFile(self._staging.path / name)
+                self._open[split, bucket] = TarFile(self._staging.path / name)
             except OSError as error:
                 raise ShardError(
                     name, None, None, f"cannot write to {self.root}: {error.strerror}"
@@ -244,10 +248,11 @@ class ShardWriter:
             null["null_text"] = self._add_text("", "", self.null_context)
         for place in sorted(self._open):
             self._close(place)
-        index = b"".join(_json(row) + b"\n" for row in self._rows)
+        index = b"".join(compact_json(row) + b"\n" for row in self._rows)
         self.manifest = {
             **self.head,
             **self.settings,
+            **self._kind,
             "n_samples": {
                 split: sum(row["split"] == split for row in samples)
                 for split in sorted({row["split"] for row in samples})
@@ -258,51 +263,6 @@ class ShardWriter:
             **null,
             "shards": sorted(self._done, key=lambda shard: str(shard["name"])),
         }
-        text = json.dumps(self.manifest, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+        manifest = manifest_bytes(self.manifest)
         write_atomic(self._staging.path / "index.jsonl", lambda path: path.write_bytes(index))
-        write_atomic(self._staging.path / "manifest.json", lambda path: path.write_text(text, "utf-8"))
-
-
-class _TarFile:
-    """A USTAR file written member by member with all dates and owners zero; knows its offsets and SHA-256."""
-
-    def __init__(self, path: Path) -> None:
-        self.name = path.name
-        self.size = 0
-        self.samples = 0
-        self._file: BufferedWriter = path.open("wb")
-        self._sha = hashlib.sha256()
-
-    def append(self, name: str, data: bytes) -> int:
-        """Write one member; returns the offset of its data."""
-        info = TarInfo(name)
-        info.size, info.mode, info.mtime = len(data), 0o644, 0
-        self._write(info.tobuf(USTAR_FORMAT, encoding="utf-8", errors="strict"))
-        offset = self.size
-        self._write(data)
-        self._write(b"\0" * (-len(data) % BLOCKSIZE))
-        return offset
-
-    def close(self) -> str:
-        """End the archive; returns its SHA-256."""
-        self._write(b"\0" * (math.ceil((self.size + 2 * BLOCKSIZE) / RECORDSIZE) * RECORDSIZE - self.size))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return self._sha.hexdigest()
-
-    def abandon(self) -> None:
-        """Close the file after a failure; what its buffer still holds is not wanted."""
-        try:
-            self._file.close()
-        except OSError:
-            self._file.raw.close()
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._sha.update(data)
-        self.size += len(data)
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+        write_atomic(self._staging.path / "manifest.json", lambda path: path.write_bytes(manifest))

@@ -138,6 +138,11 @@ class ShardIndex:
         """(name, weight) pairs of one sample, from the index alone."""
         return tuple((str(one["name"]), float(one["weight"])) for one in self.rows[index]["instruments"])
 
+    def read(self, index: int) -> Sample:
+        """One sample, each part checked against its CRC-32."""
+        row = self.rows[index]
+        return self.decode(row, {part: read_part(self.store, row, part) for part in row["parts"]})
+
     def check_shards(self) -> None:
         """Raise `ShardError` where a shard of this split is missing or has not the bytes it should have."""
         used = {row["shard"] for row in [*self.rows, *self._texts.values()]}
@@ -192,7 +197,7 @@ class ShardIndex:
 
 
 class ShardDataset(ShardIndex, Dataset[Sample]):
-    """Reads single samples of one split by offset, each part checked against its CRC-32.
+    """Reads single samples of one split by offset.
 
     Arguments and errors as of `ShardIndex`; the sizes of the shards are checked at once.
     """
@@ -202,8 +207,7 @@ class ShardDataset(ShardIndex, Dataset[Sample]):
         self.check_shards()
 
     def __getitem__(self, index: int) -> Sample:
-        row = self.rows[index]
-        return self.decode(row, {part: read_part(self.store, row, part) for part in row["parts"]})
+        return self.read(index)
 
 
 def is_shard_file(name: str) -> bool:
@@ -222,12 +226,28 @@ def read_manifest(store: Store) -> tuple[dict[str, Any], str]:
     try:
         manifest = json.loads(data)
     except ValueError as error:
-        raise ShardError(path, None, None, f"not JSON: {error}") from error
+        raise ShardError(path, None, None, f"damaged, not JSON: {error}") from error
     found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
     if found != FORMAT:
         reason = f"format is {found!r}, expected {FORMAT!r}; prepare the clips again"
         raise ShardError(path, None, None, reason)
+    if data != manifest_bytes(manifest):
+        reason = "altered: it is not as `wanmoe prepare` or `wanmoe data repair` wrote it; copy it anew"
+        raise ShardError(path, None, None, reason)
     return dict(manifest), hashlib.sha256(data).hexdigest()
+
+
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """`manifest.json` of these facts, which carries a checksum of itself."""
+    facts = {name: value for name, value in manifest.items() if name != "checksum"}
+    text = json.dumps(facts, ensure_ascii=False, sort_keys=True)
+    facts["checksum"] = hashlib.sha256(text.encode()).hexdigest()
+    return (json.dumps(facts, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode()
+
+
+def compact_json(value: Mapping[str, Any]) -> bytes:
+    """A line of the index, or the JSON part of a sample: one form for the same facts."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
 
 def read_index(store: Store, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -238,7 +258,10 @@ def read_index(store: Store, manifest: Mapping[str, Any]) -> list[dict[str, Any]
     except OSError as error:
         raise ShardError(path, None, None, f"cannot be read ({_cause(error)})") from error
     if hashlib.sha256(data).hexdigest() != manifest["index"]["sha256"]:
-        reason = f"altered or cut short: {len(data)} bytes, the manifest says {manifest['index']['bytes']}"
+        reason = (
+            f"altered or cut short: {len(data)} bytes, the manifest says {manifest['index']['bytes']}; "
+            "`wanmoe data repair` makes it again"
+        )
         raise ShardError(path, None, None, reason)
     return [json.loads(line) for line in data.splitlines()]
 

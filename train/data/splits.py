@@ -79,7 +79,9 @@ def _held_out(sources: Mapping[str, set[str]], fixed: set[str], fraction: float,
 
 
 def _cut(clip: Clip, info: VideoInfo, fraction: float, frames: int, fps: float | None) -> list[Clip]:
-    """Head and tail of a clip; [] where one of them would not hold a window."""
+    """Head and tail of a clip; [] where one of them would not hold a window, or the clip is one already."""
+    if clip.frames is not None:
+        return []
     span = window_span(info, frames, fps)
     length = min(info.frames - clip.start_frame, clip.num_frames or info.frames)
     tail = max(span, math.floor(fraction * length))

@@ -1,9 +1,18 @@
 """Where the files of a folder of shards lie: on a disk, or behind a URL that fsspec opens."""
 
+import asyncio
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import aiohttp
 import fsspec
+from fsspec.registry import known_implementations
+from fsspec.utils import get_protocol
 
 from ...moe_lora.errors import WanmoeError
 
@@ -31,12 +40,14 @@ class LocalStore:
         return str(self.root / name)
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
-        with (self.root / name).open("rb") as file:
+        with (self.root / _checked(name)).open("rb") as file:
+            left = max(os.fstat(file.fileno()).st_size - offset, 0)
             file.seek(offset)
-            return file.read(-1 if size is None else size)
+            # `read` reserves what it is asked for, and an index may ask for anything.
+            return file.read(left if size is None else min(size, left))
 
     def size(self, name: str) -> int:
-        return (self.root / name).stat().st_size
+        return (self.root / _checked(name)).stat().st_size
 
 
 class RemoteStore:
@@ -44,22 +55,51 @@ class RemoteStore:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        self._process = 0
         try:
-            self.system, _ = fsspec.url_to_fs(self.url)
-        except (ImportError, ValueError) as error:
+            self._connected()
+        except ImportError as error:
+            package = known_implementations[get_protocol(self.url)]["class"].split(".")[0]
+            raise WanmoeError(f"{url}: cannot be opened: {error}: pip install {package}") from error
+        except ValueError as error:
             raise WanmoeError(f"{url}: cannot be opened: {error}") from error
 
     def path(self, name: str) -> str:
         return f"{self.url}/{name}"
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
-        if size is None and not offset:
-            return bytes(self.system.cat_file(self.path(name)))
-        end = None if size is None else offset + size
-        return bytes(self.system.cat_file(self.path(name), start=offset, end=end))
+        limits: dict[str, int] = {}
+        if offset or size is not None:
+            limits["start"] = offset
+        if size is not None:
+            limits["end"] = offset + size
+        with _as_os_errors():
+            try:
+                data = bytes(self._connected().cat_file(self._file(name), **limits))
+            except aiohttp.ClientResponseError as error:
+                if error.status != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                    raise
+                return b""  # the file ends before `offset`
+        if size is not None and len(data) > size:
+            raise OSError(f"asked for {size} bytes, got {len(data)}: the server does not serve byte ranges")
+        return data
 
     def size(self, name: str) -> int:
-        return int(self.system.size(self.path(name)))
+        with _as_os_errors():
+            size = self._connected().size(self._file(name))
+        if size is None:
+            raise OSError("the server does not say how large the file is")
+        return int(size)
+
+    def _connected(self) -> Any:
+        # A connection does not survive a fork: each reader process makes its own.
+        if self._process != os.getpid():
+            self._system, self._folder = fsspec.url_to_fs(self.url)
+            self._process = os.getpid()
+        return self._system
+
+    def _file(self, name: str) -> str:
+        return f"{self._folder}/{_checked(name)}"
 
 
 def open_store(root: str | Path) -> Store:
@@ -70,3 +110,28 @@ def open_store(root: str | Path) -> Store:
 def is_url(root: str | Path) -> bool:
     """Whether a root is a URL; `pathlib` folds the two slashes of one, so it must come as text."""
     return "://" in str(root)
+
+
+def _checked(name: str) -> str:
+    """A file's name as given, if it names one in the folder: an index may hold any text."""
+    if not name.strip(".") or "/" in name or "\\" in name:
+        raise OSError(f"{name!r} is no name of a file in this folder")
+    return name
+
+
+@contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """Errors of the libraries behind fsspec as `OSError`, which not all of them are."""
+    try:
+        yield
+    except OSError:
+        raise
+    except _other_faults() as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _other_faults() -> tuple[type[Exception], ...]:
+    # botocore comes with s3fs, which only who reads from S3 has.
+    botocore = sys.modules.get("botocore.exceptions")
+    s3 = () if botocore is None else (botocore.BotoCoreError,)
+    return aiohttp.ClientError, asyncio.TimeoutError, *s3

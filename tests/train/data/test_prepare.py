@@ -1,6 +1,8 @@
 """Clips to shards, with small stand-ins: latents, labels, regions and splits are what the clips say."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,14 @@ from torch import Tensor
 
 from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.moe_lora.instruments import SURGICAL, Expert, ExpertSet
-from wanmoe.moe_lora.video import Fit, read_video, to_model, write_video
+from wanmoe.moe_lora.video import read_video, to_model, video_info, write_video
 from wanmoe.moe_lora.wan.codec import load_vae
 from wanmoe.moe_lora.wan.text import HashTextEncoder
 from wanmoe.train.data.clip_list import clips_from_folder, read_clip_list
 from wanmoe.train.data.clips import Clip, instrument_names
-from wanmoe.train.data.prepare import label, prepare
-from wanmoe.train.data.region import latent_region, pool, window_tips
+from wanmoe.train.data.prepare import Ranks, prepare
 from wanmoe.train.data.shards import ShardDataset
+from wanmoe.train.data.spool import Spool, text_name
 from wanmoe.train.data.verify import verify_shards
 from wanmoe.train.synth import synth_clips
 
@@ -27,11 +29,19 @@ EXPERTS = ExpertSet(SURGICAL)
 
 
 class MeanCodec:
-    """Means over the cells of the latent grid, repeated to 16 channels."""
+    """Means over the cells of the latent grid, repeated to 16 channels; keeps the shapes it was given, and
+    fails, if asked to, after so many videos."""
 
     name, fingerprint, stand_in = "mean", "mean-1", True
 
+    def __init__(self, lasts: int = 1000, error: type[Exception] = WanmoeError) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self.lasts, self.error = lasts, error
+
     def encode(self, video: Tensor) -> Tensor:
+        if len(self.shapes) == self.lasts:
+            raise self.error("the codec broke")
+        self.shapes.append(tuple(video.shape))
         cells = video.unflatten(3, (-1, 8)).unflatten(5, (-1, 8)).mean((4, 6))
         rest = cells[:, :, 1:].unflatten(2, (-1, 4)).mean(3)
         return torch.cat([cells[:, :, :1], rest], dim=2).repeat(1, 6, 1, 1, 1)[:, :16]
@@ -42,7 +52,8 @@ class MeanCodec:
 
 def run(clips: list[Clip], out: Path, **options: Any) -> dict[str, Any]:
     options = {"experts": EXPERTS, "size": (32, 48), "frames": 9, "progress": False, **options}
-    return prepare(clips, out, codec=MeanCodec(), text_encoder=HashTextEncoder(dim=16), **options)
+    options = {"codec": MeanCodec(), "text_encoder": HashTextEncoder(dim=16), **options}
+    return prepare(clips, out, **options)
 
 
 def video(path: Path, frames: int = 20, seed: int = 0, size: tuple[int, int] = (32, 48)) -> Path:
@@ -78,7 +89,7 @@ def test_a_sample_holds_the_latent_and_text_of_its_clip(tmp_path: Path) -> None:
         assert sample.caption == clip.caption and sample.instruments == clip.instruments
         assert sample.context.shape[1] == 16 and sample.context.abs().sum() > 0
         assert sample.roi is not None and 0 < float(sample.roi.mean()) < 1
-        assert clip.split == "val" and sample.meta["tips"] == [list(tip[:3]) for tip in clip.tips]
+        assert clip.split == "val" and sample.meta["tips"] == [tip._asdict() for tip in clip.tips]
         assert sample.meta["fps"] == 16 and sample.meta["n_frames"] == 9 and sample.meta["size"] == [32, 48]
     assert verify_shards(tmp_path / "s").ok
 
@@ -86,7 +97,7 @@ def test_a_sample_holds_the_latent_and_text_of_its_clip(tmp_path: Path) -> None:
 def test_a_rebuild_is_identical_wherever_the_clips_lie(tmp_path: Path) -> None:
     for name in ("a", "b"):
         clips = read_clip_list(synth_clips(tmp_path / name / "clips", clips=4, val=2, frames=9))
-        run(clips, tmp_path / name / "s", batch_size=3)
+        run(clips, tmp_path / name / "s")
     for path in (tmp_path / "a" / "s").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / "s" / path.name).read_bytes(), path.name
 
@@ -103,34 +114,6 @@ def test_equal_names_in_two_folders_do_not_collide(tmp_path: Path) -> None:
     assert len(data) == len(set(data.keys)) == 2 and all(key.startswith("v_c-w000_") for key in data.keys)
     assert not torch.allclose(data[0].latent, data[1].latent, atol=0.05)
     assert all("." not in key for key in data.keys)
-
-
-def test_labels_come_first_from_fields_then_tools_then_words(tmp_path: Path) -> None:
-    base = {"video_path": "v.mp4", "caption": "The hook and the suction tube."}
-    got = [
-        label(clip, EXPERTS)
-        for clip in listed(
-            tmp_path,
-            {**base, "instruments": ["scissors"], "instrument_label": 3},
-            {**base, "instruments": []},
-            {**base, "instrument_label": 3},
-            {**base, "caption": "The hook [Tools in: scissors, grasper]"},
-            base,
-            {**base, "caption": "电凝钩烧灼，电凝钩退出，剪刀进入。"},
-            {**base, "caption": "Fat.", "caption_zh": "吸引器"},
-            {**base, "caption": "The camera moves."},
-        )
-    ]
-    assert got == [
-        (("Scissors", 1.0),),
-        (),
-        (("Other", 1.0),),
-        (("Scissors", 0.5), ("Other", 0.5)),
-        (("Hook/Electrocautery", 0.5), ("Suction", 0.5)),
-        (("Scissors", 0.25), ("Hook/Electrocautery", 0.75)),
-        (("Suction", 1.0),),
-        (),
-    ]
 
 
 def test_an_unknown_label_names_the_line(tmp_path: Path) -> None:
@@ -198,17 +181,6 @@ def test_a_single_video_per_label_gives_held_out_moments(tmp_path: Path) -> None
     assert verify_shards(tmp_path / "s").shared_sources == ["again", "milk"]
 
 
-def test_i2v_stores_the_condition_on_the_first_frame(tmp_path: Path) -> None:
-    video(tmp_path / "v.mp4", frames=9)
-    run(listed(tmp_path, {"video_path": "v.mp4", "caption": "x"}), tmp_path / "s", task="i2v")
-    sample = ShardDataset(tmp_path / "s")[0]
-    assert sample.image_latent is not None and sample.image_latent.shape == (20, 3, 4, 6)
-    assert sample.image_latent[:4, 0].unique().tolist() == [1.0]
-    assert not sample.image_latent[:4, 1:].any()
-    assert torch.allclose(sample.image_latent[4:, 0], sample.latent[:, 0], atol=1e-3)
-    assert not sample.image_latent[4:, 1:].any(), "grey frames are 0 in [-1, 1]"
-
-
 @pytest.mark.gpu
 def test_a_gpu_makes_the_same_shards(tmp_path: Path) -> None:
     clips = read_clip_list(synth_clips(tmp_path / "c", clips=4, val=2, height=32, width=48, frames=9))
@@ -238,30 +210,15 @@ def test_what_encoders_give_leaves_their_device_at_once(
     assert torch.Size([1, *latent.shape]) in moved and context.shape in moved
 
 
-def test_the_region_pools_cells_and_groups_of_four() -> None:
-    masks = torch.zeros(9, 16, 24, dtype=torch.uint8)
-    masks[0, 0, 0] = 255
-    masks[4, 15, 23] = 255  # the last frame of the first group
-    masks[5, 8, 7] = 255  # the first of the second
-    expected = torch.zeros(3, 2, 3, dtype=torch.uint8)
-    expected[0, 0, 0] = expected[1, 1, 2] = expected[2, 1, 0] = 255
-    assert torch.equal(pool(masks), expected)
-
-
-def test_annotations_follow_the_scaling_and_the_cut() -> None:
-    fit = Fit.cover((64, 128), (32, 32))  # half the size, then the middle half of the width
-    base = {"video_path": Path("v"), "caption": "", "id": "", "source": "", "origin": ""}
-    tips = ((0.0, 64.5, 32.5), (4.0, 64.5, 40.5), (8.0, 5.0, 5.0))
-    clip = Clip(**base, tips=tips)  # type: ignore[arg-type]
-    rows = window_tips(clip, list(range(9)), fit)
-    assert rows[0] == (0, 16.0, 16.0) and rows[4] == (4, 16.0, 20.0), "frame 8's tip is cut away"
-    assert rows[2] == (2, 16.0, 18.0), "gaps are filled linearly"
-    region = latent_region(clip, [0, 1, 2, 3, 4], fit, None)
-    assert region is not None and region[0, 2, 2] == 255 and not region[:, :, 0].any()
-    boxed = Clip(**base, boxes=((0.0, 64.0, 32.0, 16.0, 16.0),))  # type: ignore[arg-type]
-    region = latent_region(boxed, [0, 1, 2, 3, 4], fit, None)
-    assert region is not None and region[0].nonzero().tolist() == [[2, 2]] and not region[1].any()
-    assert latent_region(Clip(**base), [0], fit, None) is None  # type: ignore[arg-type]
+def test_i2v_stores_the_condition_on_the_first_frame(tmp_path: Path) -> None:
+    video(tmp_path / "v.mp4", frames=9)
+    run(listed(tmp_path, {"video_path": "v.mp4", "caption": "x"}), tmp_path / "s", task="i2v")
+    sample = ShardDataset(tmp_path / "s")[0]
+    assert sample.image_latent is not None and sample.image_latent.shape == (20, 3, 4, 6)
+    assert sample.image_latent[:4, 0].unique().tolist() == [1.0]
+    assert not sample.image_latent[:4, 1:].any()
+    assert torch.allclose(sample.image_latent[4:, 0], sample.latent[:, 0], atol=1e-3)
+    assert not sample.image_latent[4:, 1:].any(), "grey frames are 0 in [-1, 1]"
 
 
 def test_masks_follow_a_cut_in_time_and_must_fit(tmp_path: Path) -> None:
@@ -316,3 +273,172 @@ def test_real_gestures_become_shards(tmp_path: Path, data_dir: Path) -> None:
     manifest = run(clips, tmp_path / "s", experts=experts, frames=17)
     assert set(manifest["histogram"]["train"]) == set(manifest["histogram"]["val"]) == set(experts.names)
     assert verify_shards(tmp_path / "s").ok
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def six(tmp_path: Path) -> list[Clip]:
+    """Six windows of two videos, with three captions."""
+    for seed, name in enumerate(("a.mp4", "b.mp4")):
+        video(tmp_path / name, frames=28, seed=seed)
+    rows = [
+        {"video_path": name, "caption": f"the hook {name}", "split": "train"} for name in ("a.mp4", "b.mp4")
+    ]
+    return listed(tmp_path, *rows)
+
+
+def test_a_run_that_failed_goes_on_where_it_was(
+    tmp_path: Path, six: list[Clip], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(six, tmp_path / "whole")
+    for lasts in (2, 1, 0):
+        with pytest.raises(WanmoeError, match="the codec broke"):
+            run(six, tmp_path / "s", codec=MeanCodec(lasts))
+        assert not (tmp_path / "s").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in Spool(tmp_path / "s").folder.glob("*_*")}
+    assert len(before) == 3
+    codec = MeanCodec()
+    run(six, tmp_path / "s", codec=codec, progress=True)
+    assert len(codec.shapes) == 3 and "3 of 6 samples are encoded already" in capsys.readouterr().err
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+    assert not Spool(tmp_path / "s").folder.exists()
+
+
+def test_a_sample_is_encoded_alone(tmp_path: Path, six: list[Clip]) -> None:
+    codec = MeanCodec()
+    run(six, tmp_path / "s", codec=codec)
+    assert codec.shapes == [(1, 3, 9, 32, 48)] * 6
+
+
+def test_a_damaged_sample_and_a_damaged_text_are_named_and_encoded_again(
+    tmp_path: Path, six: list[Clip], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(six, tmp_path / "whole")
+    with pytest.raises(WanmoeError, match="the codec broke"):
+        run(six, tmp_path / "s", codec=MeanCodec(4))
+    spool = Spool(tmp_path / "s")
+    sample = sorted(spool.folder.glob("*-w*.safetensors"))[1]
+    text = spool.path(text_name(six[0].caption))
+    for path in (sample, text):
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    codec = MeanCodec()
+    run(six, tmp_path / "s", codec=codec, progress=True)
+    told = capsys.readouterr().err
+    assert f"damaged, encoded again: {sample}" in told and f"damaged, encoded again: {text}" in told
+    assert len(codec.shapes) == 3 and "3 of 6 samples are encoded already" in told
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"fps": 12.0}, "the clips differ"),
+        ({"task": "i2v"}, "settings.task is i2v, it was t2v"),
+        ({"text_encoder": HashTextEncoder(dim=8)}, "text_encoder.fingerprint is"),
+    ],
+)
+def test_other_settings_start_afresh_and_say_why(
+    tmp_path: Path, six: list[Clip], capsys: pytest.CaptureFixture[str], change: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(WanmoeError, match="the codec broke"):
+        run(six, tmp_path / "s", codec=MeanCodec(4))
+    run(six, tmp_path / "s", progress=True, **change)
+    told = capsys.readouterr().err
+    assert "s.work: starting afresh" in told and why in told and "encoded already" not in told
+    run(six, tmp_path / "whole", **change)
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+
+
+def test_a_label_or_a_mask_that_changed_is_another_sample(tmp_path: Path) -> None:
+    video(tmp_path / "v.mp4", frames=28)
+    masks = np.zeros((28, 32, 48), np.uint8)
+    row = {"video_path": "v.mp4", "caption": "a hook", "masks": "m.png", "split": "train"}
+    for change, edited in (
+        ({}, 0),
+        ({}, 255),
+        ({"instruments": ["Scissors"]}, 255),
+        ({"tips": [[3, 8, 8]]}, 255),
+    ):
+        masks[0, 0, 0] = edited
+        cv2.imwrite(str(tmp_path / "m.png"), masks.reshape(-1, 48))
+        codec = MeanCodec(2)
+        with pytest.raises(WanmoeError, match="the codec broke"):
+            run(listed(tmp_path, {**row, **change}), tmp_path / "s", codec=codec)
+        assert len(codec.shapes) == 2, (change, edited)
+
+
+def test_a_window_beyond_the_end_of_its_video_is_dropped_on_every_way(
+    tmp_path: Path, six: list[Clip], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some containers say more frames than they hold."""
+    real = video_info
+    monkeypatch.setattr("wanmoe.train.data.plan.video_info", lambda path: replace(real(path), frames=60))
+    manifest = run(six, tmp_path / "whole", frames=(9, 5), window_stride=7)
+    reason = "the video ends before the window does"
+    assert manifest["dropped"] == {reason: 10} and manifest["n_samples"] == {"train": 6}
+    with pytest.raises(WanmoeError, match="the codec broke"):
+        run(six, tmp_path / "s", frames=(9, 5), window_stride=7, codec=MeanCodec(4))
+    run(six, tmp_path / "s", frames=(9, 5), window_stride=7)
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+
+
+def test_a_short_window_survives_a_longer_one_that_the_video_does_not_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video(tmp_path / "v.mp4", frames=20)
+    real = video_info
+    monkeypatch.setattr("wanmoe.train.data.plan.video_info", lambda path: replace(real(path), frames=60))
+    windows = ((0, 33), (3, 9), (4, 21), (5, 29), (8, 9), (12, 9))  # the last ends with frame 20
+    row = {"video_path": "v.mp4", "caption": "the hook", "split": "train"}
+    clips = listed(tmp_path, *(row | {"start_frame": start, "frames": frames} for start, frames in windows))
+    assert run(clips, tmp_path / "s")["dropped"] == {"the video ends before the window does": 4}
+    data = ShardDataset(tmp_path / "s")
+    assert [data[index].meta["source_frames"] for index in range(len(data))] == [[3, 11], [8, 16]]
+
+
+def test_a_place_that_is_not_ours_is_refused_before_anything_is_encoded(
+    tmp_path: Path, six: list[Clip]
+) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "thesis.txt").write_text("mine")
+    codec = MeanCodec()
+    with pytest.raises(WanmoeError, match=r"holds other files \(thesis\.txt\)"):
+        run(six, tmp_path / "s", codec=codec)
+    assert not codec.shapes and not Spool(tmp_path / "s").folder.exists()
+
+
+def test_a_card_that_is_too_small_is_told_with_the_clip(tmp_path: Path, six: list[Clip]) -> None:
+    with pytest.raises(WanmoeError, match=r"clips\.jsonl:1: the GPU's memory is too small for 9 frames"):
+        run(six, tmp_path / "s", codec=MeanCodec(1, torch.OutOfMemoryError))
+
+
+def test_values_that_no_shard_can_hold_stop_at_once(tmp_path: Path, six: list[Clip]) -> None:
+    class Broken(MeanCodec):
+        def encode(self, video: Tensor) -> Tensor:
+            return super().encode(video) * 1e6
+
+    codec = Broken()
+    with pytest.raises(WanmoeError, match=r"clips\.jsonl:1: latent holds NaN, or values that torch.float16"):
+        run(six, tmp_path / "s", codec=codec)
+    assert len(codec.shapes) == 1
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 8])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_ranks_share_every_item_once_in_runs(count: int, length: int) -> None:
+    shares = [list(Ranks(rank, count).share(range(length))) for rank in range(count)]
+    assert [item for share in shares for item in share] == list(range(length))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_progress_says_samples_a_second_and_the_time_left(
+    tmp_path: Path, six: list[Clip], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(six, tmp_path / "s", progress=True)
+    assert re.search(
+        r"encode: 100%\|.*\| 6/6 \[\d\d:\d\d<00:00, *[\d.]+ samples/s\]", capsys.readouterr().err
+    )

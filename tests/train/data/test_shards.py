@@ -14,7 +14,7 @@ from safetensors.torch import load
 from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.train.data import shard_writer
 from wanmoe.train.data.shard_writer import ShardWriter
-from wanmoe.train.data.shards import ShardDataset, ShardError
+from wanmoe.train.data.shards import ShardDataset, ShardError, manifest_bytes
 from wanmoe.train.data.verify import verify_shards
 
 CODEC = {"name": "test", "fingerprint": "c0", "stand_in": True}
@@ -145,6 +145,9 @@ def test_a_sample_of_another_codec_is_refused(tmp_path: Path) -> None:
     manifest = json.loads((root / "manifest.json").read_text())
     manifest["codec"]["fingerprint"] = "c1"
     (root / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ShardError, match=r"manifest\.json: altered"):
+        ShardDataset(root)
+    (root / "manifest.json").write_bytes(manifest_bytes(manifest))
     with pytest.raises(ShardError, match="encoded with another codec"):
         ShardDataset(root)[0]
 
@@ -268,7 +271,7 @@ def test_no_space_left_is_one_line_and_leaves_the_former_shards(
     def full(self: object, data: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shard_writer._TarFile, "_write", full)
+    monkeypatch.setattr(shard_writer.TarFile, "_write", full)
     with pytest.raises(ShardError, match="No space left on device") as caught:
         write(root, count=2, val=0)
     assert "\n" not in str(caught.value)
@@ -280,7 +283,7 @@ def test_no_space_left_at_the_very_end(tmp_path: Path, monkeypatch: pytest.Monke
     def full(self: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shard_writer._TarFile, "close", full)
+    monkeypatch.setattr(shard_writer.TarFile, "close", full)
     with pytest.raises(WanmoeError, match="No space left on device"):
         write(tmp_path / "s")
     assert list(tmp_path.iterdir()) == []
@@ -305,17 +308,3 @@ def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(WanmoeError, match="no sample was written"), ShardWriter(tmp_path / "s", CODEC, TEXT):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_verify_reports_what_is_there_and_what_is_wrong(tmp_path: Path) -> None:
-    root = write(tmp_path / "s")
-    report = verify_shards(root)
-    assert report.ok and report.samples == {"train": 5, "val": 2} and report.shards == 3
-    assert report.histogram["train"] == {"Other": 3.0, "Scissors": 2.0} and report.shared_sources == []
-    assert report.bytes == sum(path.stat().st_size for path in root.glob("*.tar"))
-    assert "5 train, 2 val samples" in str(report)
-    flip(root / "val-2x3x4-000000.tar", 10)  # inside a header, which no part's checksum covers
-    (root / "train-2x3x4-000009.tar").write_bytes(b"")
-    problems = verify_shards(root).problems
-    assert len(problems) == 2 and "val-2x3x4-000000.tar: altered: SHA-256" in problems[0]
-    assert "train-2x3x4-000009.tar: the manifest does not name it" in problems[1]

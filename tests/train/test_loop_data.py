@@ -1,0 +1,94 @@
+"""Training on shards with faults: what cannot be read is replaced, named and counted, up to a limit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wanmoe.train.tracking import read_metrics
+
+
+def spoil(root: Path, number: int) -> str:
+    """Flips a bit in the latent of a training sample; returns its key."""
+    rows = [json.loads(line) for line in (root / "index.jsonl").read_text().splitlines()]
+    row = [row for row in rows if row["split"] == "train"][number]
+    path, place = root / row["shard"], row["parts"]["latent.safetensors"]
+    data = bytearray(path.read_bytes())
+    data[place["offset"] + place["size"] - 3] ^= 8
+    path.write_bytes(data)
+    return row["key"]
+
+
+@pytest.fixture
+def spoiled(shards: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    root = tmp_path / "spoiled"
+    shutil.copytree(shards, root)
+    return root, [spoil(root, 2), spoil(root, 5)]
+
+
+def test_bad_samples_are_replaced_counted_and_named_on_all_ranks(launcher, config, tmp_path, spoiled):
+    root, bad = spoiled
+    config["data"] |= {"shards": str(root), "max_bad_samples": 2}
+    config["train"] |= {"steps": 12}
+    output = launcher.run(config, tmp_path / "config.toml")
+    for key in bad:
+        line = f"replaced a sample that cannot be read: shard train-2x4x4-000000.tar, sample {key}"
+        assert output.count(line) == 1
+    lines = [line for line in read_metrics(tmp_path / "run") if "train/loss" in line]
+    assert len(lines) == 12 and lines[-1]["data/bad_samples"] == 2
+    assert all(line["data/wait_s"] >= 0 for line in lines)
+
+
+def test_more_bad_samples_than_allowed_stop_all_ranks_in_one_line(launcher, config, tmp_path, spoiled):
+    root, _ = spoiled
+    config["data"] |= {"shards": str(root), "max_bad_samples": 1}
+    config["train"] |= {"steps": 12}
+    process = launcher.start(config, tmp_path / "config.toml")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and "Traceback" not in output
+    assert "2 samples cannot be read, at last" in output and "raise data.max_bad_samples" in output
+
+
+@pytest.mark.parametrize("fault", ["other", "missing"])
+def test_nodes_whose_shards_differ_are_told_so_and_none_hangs(
+    launcher, config, tmp_path, shards, make_shards, fault
+):
+    """The same path on both nodes; one of them holds other samples, or lacks a shard."""
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("node-a slots=1\nnode-b slots=1\n")
+    common = {"hostfile": str(hostfile), "no_ssh": True, "master_port": launcher.free_port()}
+    nodes = []
+    for rank in (0, 1):
+        folder = tmp_path / f"disk{rank}"
+        folder.mkdir()
+        if rank == 1 and fault == "other":
+            make_shards(folder / "s", count=8)
+        else:
+            shutil.copytree(shards, folder / "s")
+        if rank == 1 and fault == "missing":
+            (folder / "s" / "train-2x4x4-000000.tar").unlink()
+        tree = config | {"launch": common | {"node_rank": rank}}
+        tree["data"] = config["data"] | {"shards": "s"}
+        tree["train"] = config["train"] | {"run": str(tmp_path / "run")}
+        nodes.append(launcher.start(tree, folder / "config.toml"))
+    texts = [node.communicate(timeout=300)[0] for node in nodes]
+    assert all(node.returncode != 0 for node in nodes)
+    wanted = {"other": "the ranks disagree on", "missing": "on rank 1: shard"}[fault]
+    assert all(wanted in text for text in texts), texts[0][-3000:]
+
+
+def test_a_streamed_run_trains_and_goes_on_where_it_was_stopped(launcher, config, tmp_path):
+    """Shards are read one after the other by two ranks with a reader process each; a resume is bit-equal."""
+    config["data"] |= {"reader": "streaming", "workers": 1}
+    config["train"] |= {"steps": 6, "save_every": 3}
+    launcher.run(config, tmp_path / "config.toml")
+    straight = load_file(tmp_path / "run" / "adapter.safetensors")
+    shutil.rmtree(tmp_path / "run" / "resume" / "step_00000006")
+    (tmp_path / "run" / "adapter.safetensors").unlink()
+    output = launcher.run(config, tmp_path / "config.toml")
+    assert "at step 3" in output
+    resumed = load_file(tmp_path / "run" / "adapter.safetensors")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
