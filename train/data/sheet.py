@@ -85,7 +85,7 @@ def show(
     look = _Look({name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(experts)}, bool(fonts))
     if not fonts and any(_wide(_words(sample)) for sample in chosen):
         notes.append(
-            "no font with Chinese is installed (Noto Sans CJK SC, WenQuanYi): captions are in English"
+            "no font with Chinese is installed (Noto Sans CJK SC, WenQuanYi): captions in it are not drawn"
         )
     rows = []
     for sample in tqdm(chosen, desc="decode", unit="sample", disable=None, delay=1):
