@@ -125,7 +125,7 @@ def resources(
 
 @app.command()
 def data(
-    samples: Annotated[int, typer.Option(min=2, help="Clips that are written and read.")] = 48,
+    samples: Annotated[int, typer.Option(min=2, help="Clips that are written and read.")] = 96,
     latent: Annotated[str, typer.Option(help="Latent size FxHxW.")] = "21x60x104",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a caption, 4096 wide.")] = 512,
     workers: Annotated[str, typer.Option(help="Numbers of reader processes, with commas.")] = "0,1,2,4",

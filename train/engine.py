@@ -206,8 +206,9 @@ def agree(what: Mapping[str, Any]) -> None:
     dist.all_gather_object(everyone, dict(what))
     for key in what:
         values = [rank.get(key) for rank in everyone]
-        if any(value != values[0] for value in values):
-            shown = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            shown = ", ".join(f"rank {rank}: {str(values[rank])[:80]}" for rank in (0, other))
             raise WanmoeError(
                 f"the ranks disagree on {key} ({shown}); nodes must share the run folder, the shards and "
                 "the weights"

@@ -38,6 +38,7 @@ from .engine import (
     together,
     uses_bf16,
 )
+from .feed import Feed
 from .model import check_shards_fit, file_hashes, load_model, local_files, side_of, side_range
 from .objective import draw_t, flow_matching_loss, noised, sample_generator
 from .stages import STAGES, select_trainable, stage_name
@@ -94,8 +95,8 @@ class Trainer:
             "train": {"run"},
             "launch": True,
         }
-        settings = {
-            "the config": config.model_dump_json(exclude=paths),
+        dump = flatten(config.model_dump(mode="json", exclude=paths))
+        settings = {f"the config's {key}": value for key, value in dump.items()} | {
             "the tuned table of the kernels": table.digest(device),
             "the order of the samples": [self.batches.order.batch(step) for step in range(16)],
         }
@@ -117,8 +118,8 @@ class Trainer:
             self._say(f"resuming {self.run} at step {self.step}")
         self.unseen_gradients = set() if state is not None else set(self.trainable)
         self.bad_steps = 0
-        self.bad_samples: dict[str, str] = {}
-        """Why a sample could not be read, by key, over all ranks."""
+        bad_samples = trainer.get("bad_samples", {})
+        self.feed = Feed(self.batches, config.data.max_bad_samples, bad_samples, self._say)
         self.stop_signal: int | None = None
         self.tracker = self._tracker(trainer)
 
@@ -183,12 +184,15 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must not change between a run and its resume; the world size may, at the same global batch."""
+        streams = self.config.data.reader == "streaming"
         return {
             "stage": stage_name(self.config),
             "seed": self.config.train.seed,
             "steps": self.config.train.steps,
             "data": self.batches.shards.fingerprint,
             "global_batch": self.batches.global_batch,
+            # Which samples a rank streams depends on both.
+            **({"readers": [self.world, self.config.data.workers]} if streams else {}),
             **self.hashes,
             **flatten(self.config.model_dump(mode="json", include=LEARNING)),
         }
@@ -241,7 +245,7 @@ class Trainer:
             # Nothing is left to train, but a run that was killed between its last two writes lacks a file.
             self._say(f"{self.run} is complete: {self.step} steps are done")
             self._save()
-        batches = self.batches(self.step, config.steps)
+        self.feed.start(self.step, config.steps)
         bar = tqdm(
             total=config.steps,
             initial=self.step,
@@ -254,7 +258,7 @@ class Trainer:
         began, logged_at = time.monotonic(), self.step
         stopped = False
         while self.step < config.steps and not stopped:
-            values, stopped = self.train_step(batches)
+            values, stopped = self.train_step()
             bar.update()
             bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
             ended = self.step == config.steps
@@ -267,12 +271,12 @@ class Trainer:
                 self._save()
             if self.step % config.log_every == 0:
                 # Validation and saving are not training time.
-                began, logged_at = time.monotonic(), self.step
+                began, logged_at, self.feed.waited = time.monotonic(), self.step, 0.0
         bar.close()
         if self.rank == 0 and stopped:
             self._say(f"stopped by signal at step {self.step}; the same command goes on from there")
 
-    def train_step(self, batches: Any) -> tuple[dict[str, float], bool]:
+    def train_step(self) -> tuple[dict[str, float], bool]:
         """One optimizer step over `accumulation` forwards; returns its figures and whether to stop."""
         config = self.config
         self.engine.train()
@@ -280,11 +284,8 @@ class Trainer:
         totals: dict[str, float] = {}
         stop = skipped = False
         seen: list[str] = []
-        waited = 0.0
         for micro in range(config.train.accumulation):
-            asked = time.monotonic()
-            batch: Batch = next(batches)
-            waited += time.monotonic() - asked
+            batch = self.feed.take(self.step)
             seen += batch.keys
             # Dropout, too, is a function of the position in the sample order.
             torch.manual_seed(
@@ -293,14 +294,14 @@ class Trainer:
             last = micro + 1 == config.train.accumulation
             self.engine.set_gradient_accumulation_boundary(last)
             losses = self.losses(batch)
-            figures, finite, stop = self._agree(losses, batch.faults)
+            figures, finite, stop = self._agree(losses)
             if not finite:
                 self._report_bad(batch.keys, "the loss is not finite")
                 # What earlier forwards of this step have accumulated goes too, and the batches of the later
                 # ones are read all the same: every rank stays on the same samples.
                 self.engine.optimizer.zero_grad()
                 for _ in range(micro + 1, config.train.accumulation):
-                    next(batches)
+                    self.feed.take(self.step)
                 skipped = True
                 break
             totals = {k: totals.get(k, 0.0) + v / config.train.accumulation for k, v in figures.items()}
@@ -313,7 +314,10 @@ class Trainer:
             skipped = True
         values = {f"train/{name}": value for name, value in totals.items()} | {"train/lr": lr}
         values["train/skipped_step"] = float(skipped)
-        values |= {"data/wait_s": waited, "data/bad_samples": float(len(self.bad_samples))}
+        values |= {
+            "data/wait_s": self.feed.waited,
+            "data/bad_samples": float(len(self.feed.bad_samples)),
+        }
         values.setdefault("train/loss", math.nan)
         if not skipped:
             self.bad_steps = 0
@@ -325,7 +329,9 @@ class Trainer:
         config, device = self.config, self.device
         x_t, t, target = self._noise(batch)
         context = self._drop_captions(batch)
-        image = None if batch.image_latent is None else batch.image_latent.to(device, torch.float32)
+        image = (
+            None if batch.image_latent is None else batch.image_latent.to(device, non_blocking=True).float()
+        )
         rule = batch.rule.to(device)
         v, probs = self.engine(x_t, t, context, batch.pooled.to(device), rule, image)
         losses = {"diffusion": flow_matching_loss(v, target).mean()}
@@ -340,7 +346,8 @@ class Trainer:
         u = torch.cat([torch.rand(1, generator=stream, dtype=torch.float64) for stream in streams])
         noise = torch.stack([torch.randn(batch.latent.shape[1:], generator=stream) for stream in streams])
         t = draw_t(u, self.config.objective, self.t_range).to(self.device)
-        latent = batch.latent.to(self.device, torch.float32, non_blocking=True)
+        # First to the card, then to fp32: the other way round the host would convert, out of pinned memory.
+        latent = batch.latent.to(self.device, non_blocking=True).float()
         x_t, target = noised(latent, noise.to(self.device), t)
         return x_t, t, target
 
@@ -351,46 +358,26 @@ class Trainer:
             draw = torch.rand(1, generator=sample_generator(self.config.train.seed, position, "caption"))
             if self.batches.null_context is not None and float(draw) < self.caption_dropout:
                 tokens = self.batches.null_context
-            context.append(tokens.to(self.device, self._dtype))
+            context.append(tokens.to(self.device, non_blocking=True).to(self._dtype))
         return context
 
     @property
     def _dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.engine.bfloat16_enabled() else torch.float32
 
-    def _agree(self, losses: dict[str, Tensor], faults: list[Fault]) -> tuple[dict[str, float], bool, bool]:
-        """(mean figures over ranks, whether the loss is finite on all, whether any rank was told to stop).
-
-        Samples that any rank could not read are named here, and are too many on all ranks at once.
-        """
+    def _agree(self, losses: dict[str, Tensor]) -> tuple[dict[str, float], bool, bool]:
+        """(mean figures over ranks, whether the loss is finite on all, whether any rank was told to stop)."""
         values = torch.stack([value.detach().float() for value in losses.values()])
         finite = torch.isfinite(values).all()
-        told = values.new_tensor([float(self.stop_signal is not None), float(len(faults))])
-        packed = torch.cat([torch.nan_to_num(values), (~finite).float().view(1), told])
+        flags = torch.stack([(~finite).float(), values.new_tensor(float(self.stop_signal is not None))])
+        packed = torch.cat([torch.nan_to_num(values), flags])
         dist.all_reduce(packed)
         means = (packed / self.world).tolist()
-        if means[-1] > 0:
-            self._report_faults(faults)
-        return dict(zip(losses, means, strict=False)), means[-3] == 0, means[-2] > 0
-
-    def _report_faults(self, own: list[Fault]) -> None:
-        every: list[list[Fault]] = [[] for _ in range(self.world)]
-        dist.all_gather_object(every, own)
-        for fault in (fault for part in every for fault in part):
-            if self.bad_samples.setdefault(fault.key, fault.reason) is fault.reason:
-                self._say(f"step {self.step}: replaced a sample that cannot be read: {fault.reason}")
-        if len(self.bad_samples) > self.config.data.max_bad_samples:
-            raise WanmoeError(
-                f"{self.config.data.shards}: {len(self.bad_samples)} samples cannot be read, at last "
-                f"{list(self.bad_samples.values())[-1]}; mend the shards (`wanmoe data verify`, `wanmoe data "
-                "repair`) or raise data.max_bad_samples"
-            )
+        return dict(zip(losses, means, strict=False)), means[-2] == 0, means[-1] > 0
 
     def _report_bad(self, own_keys: list[str], cause: str) -> None:
         self.bad_steps += 1
-        keys: list[list[str]] = [[] for _ in range(self.world)]
-        dist.all_gather_object(keys, own_keys)
-        named = ", ".join(key for part in keys for key in part)
+        named = ", ".join(key for part in self.feed.gather(own_keys) for key in part)
         self._say(f"step {self.step}: {cause}; skipped on all ranks; samples: {named}")
         if self.bad_steps >= self.config.train.max_bad_steps:
             raise WanmoeError(
@@ -436,6 +423,7 @@ class Trainer:
             return v
 
         levels = levels_within(side_of(self.config.model.noise_expert, self.dit.config.boundary))
+        faults: list[Fault] = []
         losses = held_out_losses(
             predict,
             self.held_out,
@@ -443,10 +431,13 @@ class Trainer:
             levels=levels,
             batch=self.config.data.val_batch or self.config.data.batch,
             device=self.device,
+            faults=faults,
         )
-        values = {f"val/loss_t{level}": float(x) for level, x in zip(levels, losses.mean(0), strict=True)}
-        self._log({"val/loss": float(losses.mean())} | values)
-        self._say(f"step {self.step}: held-out loss {losses.mean():.4f}")
+        self.feed.report(self.step, faults)
+        means = losses.nanmean(0)
+        values = {f"val/loss_t{level}": float(x) for level, x in zip(levels, means, strict=True)}
+        self._log({"val/loss": float(means.mean())} | values)
+        self._say(f"step {self.step}: held-out loss {means.mean():.4f}")
 
     def _save(self) -> None:
         """Resume state and result file; gathers what trains, and nothing frozen."""
@@ -460,6 +451,7 @@ class Trainer:
         # The result first: a run whose state says that it is finished has its file.
         self._write_output({name: state[f"param/{name}"] for name in self.trainable})
         trainer = self._identity() | {"step": self.step, "world_size": self.world}
+        trainer["bad_samples"] = self.feed.bad_samples
         trainer["mlflow_run"] = self.tracker.run_id if self.tracker else None
         checkpoint.commit(self.run / "resume", state, trainer, self.config.train.keep)
         if self.tracker is not None and self.step == self.config.train.steps:

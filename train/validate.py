@@ -5,14 +5,16 @@ Letters: B clips, E experts, N held-out clips, T noise levels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .data.batch import Batch, LabelGates, collate
-from .data.shards import ShardDataset
+from ..moe_lora import WanmoeError
+from .data.batch import Batch, Fault, LabelGates, collate
+from .data.shards import Sample, ShardDataset, ShardError
 from .objective import flow_matching_loss, noised, sample_generator
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -37,19 +39,27 @@ def held_out_losses(
     levels: Sequence[float] = LEVELS,
     batch: int = 8,
     device: torch.device | str = "cpu",
+    faults: list[Fault] | None = None,
 ) -> Tensor:
     """Flow-matching loss per clip and noise level, [N, T], whole on every rank of the process group if there
     is one.
 
     Args:
         predict: (x_t [B, ...], t [B], batch) -> v. Called equally often on all ranks, as ZeRO-3 needs.
+        faults: takes the clips that this rank could not read, whose losses are then NaN; without it the
+            first of them is raised as ShardError.
     """
     distributed = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     losses = torch.zeros(len(dataset), len(levels), device=device)
-    for indices, counted in _rounds(list(dataset.buckets.values()), batch, rank, world):
-        own = indices if counted else []
-        clips = collate([dataset[index] for index in indices], indices, gates)
+    read = torch.zeros(len(dataset), 1, device=device)
+    for indices, spare in _rounds(list(dataset.buckets.values()), batch, rank, world):
+        samples = _read(dataset, indices, faults)
+        own = list(samples)
+        # A rank that has nothing to count repeats a clip, so that all ranks do the same forwards.
+        samples = samples or _first(dataset, spare)
+        indices = list(samples)
+        clips = collate(list(samples.values()), indices, gates)
         latent = clips.latent.to(device, torch.float32)
         for column, level in enumerate(levels):
             t = torch.full((len(indices),), level, device=device)
@@ -57,22 +67,41 @@ def held_out_losses(
             loss = flow_matching_loss(predict(x_t, t, clips), target)
             if own:
                 losses[own, column] = loss
+        read[own] = 1
     if distributed:
         dist.all_reduce(losses)
-    return losses.cpu()
+        dist.all_reduce(read)
+    return losses.masked_fill(read == 0, math.nan).cpu()
 
 
 def _rounds(
     buckets: Sequence[Sequence[int]], batch: int, rank: int, world: int
-) -> Iterator[tuple[list[int], bool]]:
-    """The samples of each forward of this rank, of one size, and whether they count.
-
-    A rank that has run out repeats a clip, uncounted, so that all ranks do the same forwards.
-    """
+) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """The samples of each forward of this rank, of one size, and all that there are of this size."""
     for bucket in buckets:
         for first in range(0, len(bucket), batch * world):
-            own = list(bucket[first + rank * batch : first + (rank + 1) * batch])
-            yield own or [bucket[0]], bool(own)
+            yield bucket[first + rank * batch : first + (rank + 1) * batch], bucket
+
+
+def _read(dataset: ShardDataset, indices: Sequence[int], faults: list[Fault] | None) -> dict[int, Sample]:
+    samples = {}
+    for index in indices:
+        try:
+            samples[index] = dataset[index]
+        except ShardError as error:
+            if faults is None:
+                raise
+            faults.append(Fault(dataset.keys[index], str(error)))
+    return samples
+
+
+def _first(dataset: ShardDataset, indices: Sequence[int]) -> dict[int, Sample]:
+    """The first of some samples that can be read."""
+    unread: list[Fault] = []
+    for index in indices:
+        if found := _read(dataset, [index], unread):
+            return found
+    raise WanmoeError(f"{dataset.root}: no held-out clip of one size can be read: {unread[-1].reason}")
 
 
 def _noise(clips: Batch, level: float) -> Tensor:

@@ -91,6 +91,8 @@ def run_steps(
     A step may take what is left of total_s less the least shares of the steps behind it. It is interrupted
     grace_s before, and killed with all its processes at its limit.
     """
+    # Ignored in a job of the background, which the steps would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()
     outcomes = []
     for place, step in enumerate(wanted):
@@ -160,8 +162,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    # Ignored in a job of the background: then the steps would inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Library products that do not change from run to run, which tests of our own kernels rely on.
     settings = {"WANMOE_TABLES": str(out / "tables"), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     outcomes = run_steps(steps(out), out, os.environ | settings, folder)

@@ -1,6 +1,7 @@
 """Training on shards with faults: what cannot be read is replaced, named and counted, up to a limit."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from safetensors.torch import load_file
 from wanmoe.train.tracking import read_metrics
 
 
-def spoil(root: Path, number: int) -> str:
-    """Flips a bit in the latent of a training sample; returns its key."""
+def spoil(root: Path, number: int, split: str = "train") -> str:
+    """Flips a bit in the latent of a sample; returns its key."""
     rows = [json.loads(line) for line in (root / "index.jsonl").read_text().splitlines()]
-    row = [row for row in rows if row["split"] == "train"][number]
+    row = [row for row in rows if row["split"] == split][number]
     path, place = root / row["shard"], row["parts"]["latent.safetensors"]
     data = bytearray(path.read_bytes())
     data[place["offset"] + place["size"] - 3] ^= 8
@@ -31,15 +32,41 @@ def spoiled(shards: Path, tmp_path: Path) -> tuple[Path, list[str]]:
 
 def test_bad_samples_are_replaced_counted_and_named_on_all_ranks(launcher, config, tmp_path, spoiled):
     root, bad = spoiled
-    config["data"] |= {"shards": str(root), "max_bad_samples": 2}
-    config["train"] |= {"steps": 12}
+    # One clip of the first rank's validation; the second rank has its own.
+    bad.append(spoil(root, 0, "val"))
+    config["data"] |= {"shards": str(root), "max_bad_samples": 3}
+    config["train"] |= {"steps": 12, "save_every": 6}
     output = launcher.run(config, tmp_path / "config.toml")
     for key in bad:
-        line = f"replaced a sample that cannot be read: shard train-2x4x4-000000.tar, sample {key}"
+        line = (
+            f"replaced a sample that cannot be read: shard {key.split('_')[0]}-2x4x4-000000.tar, sample {key}"
+        )
         assert output.count(line) == 1
-    lines = [line for line in read_metrics(tmp_path / "run") if "train/loss" in line]
-    assert len(lines) == 12 and lines[-1]["data/bad_samples"] == 2
+    metrics = read_metrics(tmp_path / "run")
+    lines = [line for line in metrics if "train/loss" in line]
+    assert len(lines) == 12 and lines[-1]["data/bad_samples"] == 3
     assert all(line["data/wait_s"] >= 0 for line in lines)
+    held_out = [line["val/loss"] for line in metrics if "val/loss" in line]
+    assert len(held_out) == 2 and all(math.isfinite(loss) for loss in held_out)
+    # A resume knows them: one more than allowed is one too many, wherever the run was interrupted.
+    shutil.rmtree(tmp_path / "run" / "resume" / "step_00000012")
+    spoil(root, 8)
+    process = launcher.start(config, tmp_path / "config.toml")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and "4 samples cannot be read" in output and "Traceback" not in output
+
+
+def test_a_rank_that_finds_nothing_to_read_ends_the_run_on_all(launcher, config, tmp_path, shards):
+    """Every sample of a whole split is gone: no rank is left waiting in a forward."""
+    root = tmp_path / "gone"
+    shutil.copytree(shards, root)
+    for number in range(12):
+        spoil(root, number)
+    config["data"] |= {"shards": str(root), "max_bad_samples": 5}
+    process = launcher.start(config, tmp_path / "config.toml")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and "Traceback" not in output
+    assert "on rank 0:" in output and "6 samples in a row cannot be read" in output
 
 
 def test_more_bad_samples_than_allowed_stop_all_ranks_in_one_line(launcher, config, tmp_path, spoiled):

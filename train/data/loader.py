@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from ...moe_lora import WanmoeError
@@ -28,7 +29,7 @@ def open_reader(config: DataConfig, seed: int) -> ShardDataset | ShardStream:
 
 
 class Plan(NamedTuple):
-    """One forward to be read: its place among all of this rank's, its step and its positions."""
+    """One forward of this rank: its number over all steps, its step, and what it reads."""
 
     number: int
     step: int
@@ -99,16 +100,12 @@ class TrainBatches:
 
     def __call__(self, start: int, stop: int) -> Iterator[Batch]:
         """accumulation batches for each of the steps start .. stop - 1; raises WanmoeError as they come."""
-        planned = [
-            Plan(step * self.accumulation + micro, step, self.positions(step, micro))
-            for step in range(start, stop)
-            for micro in range(self.accumulation)
-        ]
+        numbers = range(start * self.accumulation, stop * self.accumulation)
         source: _ByOffset | _Streamed
         if isinstance(self.shards, ShardDataset):
-            source = _ByOffset(self, self.shards, planned)
+            source = _ByOffset(self, self.shards, numbers)
         else:
-            source = _Streamed(self, self.shards, planned)
+            source = _Streamed(self, self.shards, numbers)
         loader: Iterable[Batch | WanmoeError] = DataLoader(
             source, batch_size=None, collate_fn=_as_it_is, num_workers=self.workers, pin_memory=self.pin
         )
@@ -117,6 +114,11 @@ class TrainBatches:
             if isinstance(made, WanmoeError):
                 raise made
             yield made
+
+    def plan(self, number: int) -> Plan:
+        """The forward of this number, counted over all steps."""
+        step, micro = divmod(number, self.accumulation)
+        return Plan(number, step, self.positions(step, micro))
 
     def make(self, plan: Plan, pairs: Sequence[tuple[Sample, list[Fault]]]) -> Batch | WanmoeError:
         """The batch of samples that were read; an error of their labels comes back as a value."""
@@ -138,16 +140,16 @@ def _as_it_is(made: Any) -> Any:
 
 
 class _ByOffset(Dataset[Batch | WanmoeError]):
-    """Item i is the i-th planned batch, read by offset."""
+    """Item i is the batch of the i-th of some forwards, read by offset."""
 
-    def __init__(self, batches: TrainBatches, shards: ShardDataset, planned: Sequence[Plan]) -> None:
-        self.batches, self.shards, self.planned = batches, shards, planned
+    def __init__(self, batches: TrainBatches, shards: ShardDataset, numbers: range) -> None:
+        self.batches, self.shards, self.numbers = batches, shards, numbers
 
     def __len__(self) -> int:
-        return len(self.planned)
+        return len(self.numbers)
 
     def __getitem__(self, item: int) -> Batch | WanmoeError:
-        plan = self.planned[item]
+        plan = self.batches.plan(self.numbers[item])
         pairs = []
         for position in plan.positions:
             faults: list[Fault] = []
@@ -164,29 +166,28 @@ class _ByOffset(Dataset[Batch | WanmoeError]):
 
 
 class _Streamed(IterableDataset[Batch | WanmoeError]):
-    """The planned batches in order; each of w workers makes every w-th of them from a stream of its own."""
+    """The batches of some forwards in order; each of w workers makes every w-th from a stream of its own."""
 
-    def __init__(self, batches: TrainBatches, shards: ShardStream, planned: Sequence[Plan]) -> None:
-        self.batches, self.shards, self.planned = batches, shards, planned
+    def __init__(self, batches: TrainBatches, shards: ShardStream, numbers: range) -> None:
+        self.batches, self.shards, self.numbers = batches, shards, numbers
 
     def __iter__(self) -> Iterator[Batch | WanmoeError]:
-        if not self.planned:
-            return
         info = get_worker_info()
-        first, workers = self.planned[0].number, 1 if info is None else info.num_workers
-        # The loader asks its workers in turn, from worker 0 on, wherever the plan begins.
+        first, workers = self.numbers.start, 1 if info is None else info.num_workers
+        # The loader asks its workers in turn, from worker 0 on, whichever forward is the first.
         worker = (first + (0 if info is None else info.id)) % workers
         batches, order = self.batches, self.batches.order
-        used = [0] * len(order.buckets)
-        for number in range(worker, first, workers):
-            used[order.bucket(number // batches.accumulation)] += batches.batch
+        steps = order.buckets_before(-(-first // batches.accumulation))
+        mine = np.repeat(steps, batches.accumulation)[worker:first:workers]
+        used = [batches.batch * int(count) for count in np.bincount(mine, minlength=len(order.buckets))]
         part, parts = batches.rank * workers + worker, batches.world * workers
         streams = [
             _Ahead(self.shards.samples(size, part, parts, skip))
             for size, skip in zip(batches.sizes, used, strict=True)
         ]
-        for plan in self.planned:
-            if plan.number % workers == worker:
+        for number in self.numbers:
+            if number % workers == worker:
+                plan = batches.plan(number)
                 yield self._read(plan, streams[order.bucket(plan.step)])
 
     def _read(self, plan: Plan, stream: _Ahead) -> Batch | WanmoeError:

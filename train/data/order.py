@@ -7,7 +7,6 @@ the next epoch. So nothing is padded, nothing is dropped, and every sample is se
 """
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -75,6 +74,14 @@ class SampleOrder:
         """The bucket that the batch of `step` comes from."""
         return self._find(step)[0]
 
+    def buckets_before(self, step: int) -> NDArray[np.int64]:
+        """The buckets of the steps 0 .. step - 1."""
+        parts, epoch = [np.zeros(0, np.int64)], 0
+        while self._batches(epoch) < step:
+            parts.append(self._turns(epoch)[0])
+            epoch += 1
+        return np.concatenate(parts)[:step]
+
     def _find(self, step: int) -> tuple[int, int]:
         """The bucket of `step`, and how many batches came from it before."""
         if step < 0:
@@ -83,11 +90,14 @@ class SampleOrder:
         ratio = self.global_batch / sum(self._places)
         last = int((step + len(self.buckets) + 1) * ratio) + 2
         epoch = bisect_right(range(last), step, lo=int(step * ratio) // 2, key=self._batches) - 1
-        counts = tuple(self._count(bucket, epoch + 1) - self._count(bucket, epoch) for bucket in self._all)
-        turns = _schedule(counts, self.seed, epoch)
+        buckets, turns = self._turns(epoch)
         inside = step - self._batches(epoch)
-        bucket = turns[inside]
-        return bucket, self._count(bucket, epoch) + Counter(turns[:inside])[bucket]
+        bucket = int(buckets[inside])
+        return bucket, self._count(bucket, epoch) + int(turns[inside])
+
+    def _turns(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        counts = tuple(self._count(bucket, epoch + 1) - self._count(bucket, epoch) for bucket in self._all)
+        return _schedule(counts, self.seed, epoch)
 
     @property
     def _all(self) -> range:
@@ -102,19 +112,26 @@ class SampleOrder:
 
 
 @lru_cache(maxsize=8)
-def _schedule(counts: tuple[int, ...], seed: int, epoch: int) -> list[int]:
-    """The buckets of the batches of an epoch, in a shuffled order."""
-    turns = np.repeat(np.arange(len(counts)), counts)
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
-    return [int(turn) for turn in turns[np.argsort(bits.random_raw(len(turns)), kind="stable")]]
+def _schedule(counts: tuple[int, ...], seed: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The buckets of an epoch's batches in a shuffled order, and the how many-th of its bucket each is."""
+    buckets = np.repeat(np.arange(len(counts)), counts)
+    buckets = buckets[np.argsort(_words(seed, epoch, 0).random_raw(len(buckets)), kind="stable")]
+    turns = np.empty_like(buckets)
+    for bucket, count in enumerate(counts):
+        turns[buckets == bucket] = np.arange(count)
+    return buckets, turns
+
+
+def _words(seed: int, epoch: int, stream: int) -> np.random.PCG64:
+    # Raw PCG64 words, not `Generator.permutation`: NumPy promises the bits of the former alone across
+    # versions.
+    return np.random.PCG64(np.random.SeedSequence([seed, epoch, stream]))
 
 
 @lru_cache(maxsize=32)
 def _epoch(n: int, places: int, seed: int, epoch: int, bucket: int, share: bytes | None) -> NDArray[np.int64]:
     """The samples at the places of one epoch of a bucket of n samples."""
-    # Raw PCG64 words, not `Generator.permutation`: NumPy promises the bits of the former alone across
-    # versions.
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch, bucket]))
+    bits = _words(seed, epoch, 1 + bucket)  # 0 is the order of the batches
     order = np.argsort(bits.random_raw(n), kind="stable")
     if share is None:
         return order

@@ -96,9 +96,9 @@ class ShardIndex:
         own = [row for row in every if row["split"] == split]
         self.rows = [row for row in own if bucket in (None, row["bucket"])]
         if not own:
-            raise WanmoeError(
-                f"{root}: no {split!r} samples; splits: {', '.join(self.manifest['n_samples'])}"
-            )
+            held_out = "; prepare with --val-fraction above 0" if split == "val" else ""
+            known = ", ".join(self.manifest["n_samples"])
+            raise WanmoeError(f"{root}: no {split!r} samples; splits: {known}{held_out}")
         if not self.rows:
             known = ", ".join(sorted({row["bucket"] for row in own}))
             raise WanmoeError(f"{root}: no {split!r} samples of size {bucket}; there are: {known}")
@@ -139,9 +139,17 @@ class ShardIndex:
         return tuple((str(one["name"]), float(one["weight"])) for one in self.rows[index]["instruments"])
 
     def read(self, index: int) -> Sample:
-        """One sample, each part checked against its CRC-32."""
+        """One sample, each part checked against its CRC-32; its parts lie together and are read at once."""
         row = self.rows[index]
-        return self.decode(row, {part: read_part(self.store, row, part) for part in row["parts"]})
+        places = row["parts"].values()
+        start = min(place["offset"] for place in places)
+        stop = max(place["offset"] + place["size"] for place in places)
+        data = memoryview(_read(self.store, row, None, start, stop - start))
+        parts = {
+            part: bytes(data[place["offset"] - start : place["offset"] - start + place["size"]])
+            for part, place in row["parts"].items()
+        }
+        return self.decode(row, parts)
 
     def check_shards(self) -> None:
         """Raise `ShardError` where a shard of this split is missing or has not the bytes it should have."""
@@ -286,12 +294,16 @@ def read_part(store: Store, row: Mapping[str, Any], part: str) -> bytes:
     place = row["parts"].get(part)
     if place is None:
         raise ShardError(row["shard"], row["key"], part, "the sample has no such part")
-    try:
-        data = store.read(row["shard"], place["offset"], place["size"])
-    except OSError as error:
-        raise ShardError(row["shard"], row["key"], part, f"cannot be read: {_cause(error)}") from error
+    data = _read(store, row, part, place["offset"], place["size"])
     check_part(row, part, data)
     return data
+
+
+def _read(store: Store, row: Mapping[str, Any], part: str | None, offset: int, size: int) -> bytes:
+    try:
+        return store.read(row["shard"], offset, size)
+    except OSError as error:
+        raise ShardError(row["shard"], row["key"], part, f"cannot be read: {_cause(error)}") from error
 
 
 def check_part(row: Mapping[str, Any], part: str, data: bytes) -> None:

@@ -64,7 +64,7 @@ def test_an_interrupted_step_can_write_what_it_has_and_its_processes_end_with_it
     child = f"p = subprocess.Popen({list(ENDLESS)!r})\n    print(p.pid, flush=True)\n    p.wait()"
     ends = f"import subprocess\ntry:\n    {child}\nexcept KeyboardInterrupt:\n    print('kept', flush=True)\n"
     (outcome,) = gpu.run_steps(
-        [gpu.Step("cut", (sys.executable, "-c", ends), 1)], tmp_path, {}, tmp_path, total_s=60, grace_s=30
+        [gpu.Step("cut", (sys.executable, "-c", ends), 1)], tmp_path, {}, tmp_path, total_s=9, grace_s=4
     )
     pid, word = (tmp_path / "cut.log").read_text().split()
     assert outcome.code == 124 and outcome.seconds < 8 and word == "kept"
