@@ -94,7 +94,9 @@ def train(
 @app.command()
 def evaluate(
     dit: Annotated[Path, typer.Option(help="Base weights.")],
-    shards: Annotated[Path, typer.Option(help="Folder of shards; its held-out split is measured.")],
+    shards: Annotated[
+        str, typer.Option(help="Folder of shards, or its URL; its held-out split is measured.")
+    ],
     adapter: Annotated[Path | None, typer.Option(help="Adapter file; none measures the frozen base.")] = None,
     wrong_expert: Annotated[bool, typer.Option(help="Also each clip with every expert in turn.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,

@@ -26,7 +26,7 @@ from .validate import LEVELS, held_out_losses, levels_within
 
 
 def evaluate_files(
-    dit_path: Path, shards: Path, adapter_path: Path | None, wrong_expert: bool
+    dit_path: Path, shards: str | Path, adapter_path: Path | None, wrong_expert: bool
 ) -> dict[str, Any]:
     """Loads a base and an adapter and measures them on the held-out split; see `evaluate`."""
     dit = load_dit(dit_path)

@@ -94,7 +94,16 @@ def check_same_adapter(config: TrainerConfig, adapter: Adapter, path: Path) -> N
 
 
 def check_shards_fit(dit: WanDiT, shards: ShardIndex) -> None:
-    """Shards encoded for another text encoder or task are refused before the first step."""
+    """Shards encoded for another text encoder, codec or task are refused before the first step."""
+    if shards.manifest["normalised"] is not True:
+        raise WanmoeError(f"{shards.root}: the latents are not normalised; prepare the clips again")
+    used = [shards.manifest[part] for part in ("codec", "text_encoder")]
+    stand_ins = [part["name"] for part in used if part["stand_in"]]
+    if stand_ins and dit.config.is_released:
+        raise WanmoeError(
+            f"{shards.root}: encoded with the stand-in {stand_ins[0]!r}, which this model does not know; "
+            "prepare the clips with Wan's own VAE and text encoder"
+        )
     if shards.manifest["text_dim"] != dit.config.text_dim:
         raise WanmoeError(
             f"{shards.root}: text embeddings are {shards.manifest['text_dim']} wide, the model reads "

@@ -108,6 +108,11 @@ class WanConfig:
             )
         return _PRESETS[name]
 
+    @property
+    def is_released(self) -> bool:
+        """Whether these are the sizes of a model that was published."""
+        return any(self == preset for name, preset in _PRESETS.items() if name != "tiny")
+
 
 _PRESETS: dict[str, WanConfig] = {
     "t2v-A14B": WanConfig(),

@@ -5,6 +5,7 @@ import torch
 
 from wanmoe.launch.config import parse_config
 from wanmoe.moe_lora import AdapterConfig, RouterConfig, WanmoeError, attach, save_adapter
+from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.weights import dit_hash, load_dit
 from wanmoe.train import ShardDataset
 from wanmoe.train.model import check_shards_fit, file_hashes, load_model, side_range
@@ -100,6 +101,9 @@ def test_shards_of_another_text_encoder_are_refused(base, shards, tmp_path):
     check_shards_fit(dit, ShardDataset(shards))
     dit.config = type(dit.config)(**{**vars(dit.config), "text_dim": 64})
     with pytest.raises(WanmoeError, match="text embeddings are 16 wide, the model reads 64"):
+        check_shards_fit(dit, ShardDataset(shards))
+    dit.config = WanConfig.preset("t2v-A14B")
+    with pytest.raises(WanmoeError, match="encoded with the stand-in 'test', which this model does not know"):
         check_shards_fit(dit, ShardDataset(shards))
 
 
