@@ -32,6 +32,12 @@ def clips(
     form: Annotated[
         str, typer.Option("--format", help="Form of the annotations; auto looks into them.")
     ] = "auto",
+    times: Annotated[
+        str,
+        typer.Option(
+            help="What times such as 1.50 are: decimal (minutes), mm.ss or seconds; auto refuses to guess."
+        ),
+    ] = "auto",
     video: Annotated[
         str | None, typer.Option(help="Name of the annotated video, where the file has another one.")
     ] = None,
@@ -58,7 +64,9 @@ def clips(
     from .config import load_experts
 
     _check_out(out, sources)
-    segments: list[Segment | Clip] = [one for source in sources for one in _read(source, form, video)]
+    segments: list[Segment | Clip] = [
+        one for source in sources for one in _read(source, form, video, times, seconds[1])
+    ]
     if licence is not None:
         segments = [replace(one, licence=one.licence or licence) for one in segments]
     report = cut_segments(
@@ -91,10 +99,10 @@ def _check_out(out: Path, sources: Sequence[Path]) -> None:
             )
 
 
-def _read(source: Path, form: str, video: str | None) -> Sequence[Segment | Clip]:
+def _read(source: Path, form: str, video: str | None, times: str, longest: float) -> Sequence[Segment | Clip]:
     """What a source holds: a list of clips, annotations, or videos that are a clip each."""
     from ..train.data.annotations import read_annotations
-    from ..train.data.annotations.formats import detect
+    from ..train.data.annotations.formats import detect_all
     from ..train.data.clip_list import SUFFIXES, clips_from_folder, read_clip_list
 
     if source.suffix.lower() == ".jsonl":
@@ -102,16 +110,19 @@ def _read(source: Path, form: str, video: str | None) -> Sequence[Segment | Clip
     if source.is_file() and source.suffix.lower() in SUFFIXES:
         raise WanmoeError(f"{source}: this is a video; give the folder that it lies in, or its annotations")
     if not source.is_dir() or form != "auto":
-        return read_annotations(source, form, video)
+        return read_annotations(source, form, video, times=times, max_seconds=longest)
     if (source / "clips.jsonl").is_file():
         return clips_from_folder(source)
-    files = [path for path in sorted(source.rglob("*")) if not path.name.startswith(".")]
+    files = (path for path in source.rglob("*") if not path.name.startswith("."))
     filmed = {path.with_suffix("") for path in files if path.suffix.lower() in SUFFIXES}
-    texts = [path for path in files if path.suffix.lower() in (".txt", ".json") and detect(path) is not None]
+    forms = detect_all(source)
+    texts = [path for path, known in forms.items() if known is not None]
     beside = [path for path in texts if path.suffix.lower() == ".txt" and path.with_suffix("") in filmed]
     if beside and len(beside) == len(texts) and video is None:
         raise WanmoeError(
             f"{beside[0]}: it has the name of a video beside it and speaks of times; --format times reads "
             "the times in that video, and a text of one line without times is its caption"
         )
-    return read_annotations(source, form, video) if texts or not filmed else clips_from_folder(source)
+    if filmed and not texts:
+        return clips_from_folder(source)
+    return read_annotations(source, form, video, times=times, max_seconds=longest, forms=forms)

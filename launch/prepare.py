@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,10 +14,6 @@ from ..moe_lora.errors import WanmoeError
 from .options import Device, Tokenizer, chosen_device
 
 if TYPE_CHECKING:
-    import torch
-
-    from ..moe_lora.wan.codec import Codec
-    from ..moe_lora.wan.text import TextEncoder
     from ..train.data.clips import Clip
 
 
@@ -72,6 +69,8 @@ def prepare(
 ) -> None:
     """Encode clips into latent shards: latent, text, ROI and labels, verified by checksums. After a kill the
     same command goes on where it was."""
+    from ..moe_lora.wan.codec import load_vae
+    from ..moe_lora.wan.text import load_text_encoder
     from ..train.data.plan import Settings
     from ..train.data.prepare import Ranks, join_ranks
     from ..train.data.prepare import prepare as run
@@ -93,12 +92,12 @@ def prepare(
         raise typer.Exit(launch(LaunchConfig(ranks=count), sys.argv[1:]))
     team = join_ranks() if under_launcher() else Ranks()
     try:
-        codec, encoder = team.together(lambda: load_encoders(vae, text, tokenizer, chosen_device(device)))
+        place = team.together(lambda: chosen_device(device))
         run(
             listed,
             out,
-            codec=codec,
-            text_encoder=encoder,
+            codec=partial(load_vae, vae, device=place),
+            text_encoder=partial(load_text_encoder, text, tokenizer_path=tokenizer, device=place),
             experts=load_experts(experts),
             size=sizes,
             frames=frames,
@@ -141,17 +140,6 @@ def import_folder(
         val_fraction=val_fraction,
         seed=seed,
     )
-
-
-def load_encoders(
-    vae: str, text: str, tokenizer: Path | None, device: torch.device
-) -> tuple[Codec, TextEncoder]:
-    """The two models that encode, on their device."""
-    from ..moe_lora.wan.codec import load_vae
-    from ..moe_lora.wan.text import load_text_encoder
-
-    encoder = load_text_encoder(text, tokenizer_path=tokenizer, device=device)
-    return load_vae(vae, device=device), encoder
 
 
 def read_clips(clips: Path) -> list[Clip]:

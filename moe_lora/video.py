@@ -30,6 +30,10 @@ class VideoEndError(WanmoeError):
     """A video that has fewer frames than were asked for."""
 
 
+class VideoDamagedError(VideoEndError):
+    """A video of which only the frames before a damaged one can be had."""
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """What a video file says of itself: frames a second, number of frames, and the size as shown."""
@@ -280,7 +284,8 @@ def _frames(
             yield frame
             number += 1
     except av.FFmpegError as error:
-        raise WanmoeError(f"{path}: the video is damaged at frame {number}: {_cause(error)}") from error
+        kind = VideoDamagedError if number else WanmoeError
+        raise kind(f"{path}: the video is damaged at frame {number}: {_cause(error)}") from error
 
 
 def _upright(frame: "av.VideoFrame") -> Picture:

@@ -20,7 +20,7 @@ from wanmoe.train.synth import synth_clips
 # Names that users and scripts rely on; a new option is added here, one that goes is a break.
 OPTIONS = {
     "synth": "out clips val size frames seed instruments background",
-    "clips": "out videos format video frames fps seconds experts val-fraction seed licence",
+    "clips": "out videos format times video frames fps seconds experts val-fraction seed licence",
     "prepare": "clips cache out vae text tokenizer size frames fps stride val-fraction task experts seed "
     "device ranks",
     "data": "",

@@ -11,6 +11,8 @@ from typer.testing import CliRunner, Result
 from wanmoe.launch.clips import clips
 from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.moe_lora.video import read_video, write_video
+from wanmoe.train.data.annotations import formats
+from wanmoe.train.data.annotations.formats import detect
 from wanmoe.train.data.clip_list import read_clip_list
 
 LINES = "抓钳A牵拉 [Tools in: grasper] 0:01 0:04\nhook dissects 0:04-0:07\nCVS 0:02 0:05\n"
@@ -49,7 +51,7 @@ def test_annotations_become_windows_and_the_report_says_all(footage: Path, label
     assert result.stdout == f"wrote {out}\n"
     said = [line for line in result.stderr.splitlines() if line and "look:" not in line]
     assert said == [
-        "kept 2 windows of 3 segments from 1 videos",
+        "kept 2 windows of 3 segments from 1 video",
         f"dropped 1: the caption says 'cvs' (first: {labels / 'VID07.txt'}:3)",
         "train: Hook/Electrocautery 1, Other 1",
     ]
@@ -97,6 +99,36 @@ def test_several_sources_are_cut_together(footage: Path, labels: Path) -> None:
     result = run(one, labels, "--videos", footage, "--out", two, "--frames", 33, "--val-fraction", 0)
     assert "dropped 2: the same frames of a video twice" in result.stderr
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_times_that_may_mean_several_things_are_asked_for_and_said(footage: Path, tmp_path: Path) -> None:
+    (tmp_path / "video07.txt").write_text("hook dissects\t0.03-0.06\n")
+    words = (tmp_path / "video07.txt", "--videos", footage, "--out", tmp_path / "clips.jsonl", "--frames", 17)
+    with pytest.raises(
+        WanmoeError, match=r"video07.txt:1: the time 0.03 may be .* --times decimal, mm.ss or"
+    ):
+        run(*words)
+    for times, start in (("decimal", 45), ("mm.ss", 75)):
+        run(*words, "--times", times, "--seconds", 1, 20, "--val-fraction", 0)
+        assert read_clip_list(tmp_path / "clips.jsonl")[0].start_frame == start
+
+
+def test_runs_of_labelled_frames_are_cut_to_the_longest_of_seconds(footage: Path, tmp_path: Path) -> None:
+    rows = "".join(f"{25 * second}\t1\n" for second in range(10))
+    (tmp_path / "video07-tool.txt").write_text(f"Frame\tGrasper\n{rows}")
+    out = tmp_path / "clips.jsonl"
+    result = run(tmp_path, "--videos", footage, "--out", out, "--frames", 65, "--seconds", 2, 5)
+    assert "kept 2 windows of 2 segments" in result.stderr and "longer" not in result.stderr
+    assert [clip.start_frame for clip in read_clip_list(out)] == [0, 125]
+
+
+def test_a_folder_of_annotations_is_looked_at_once_and_read_once(
+    footage: Path, labels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = []
+    monkeypatch.setattr(formats, "detect", lambda path: looked.append(path) or detect(path))
+    run(labels, "--videos", footage, "--out", labels.parent / "clips.jsonl", "--frames", 33)
+    assert looked == [labels / "VID07.txt"]
 
 
 def test_an_existing_file_of_a_source_is_never_replaced(footage: Path, labels: Path) -> None:
@@ -149,6 +181,7 @@ def _hook(folder: Path) -> Path:
         (("labels", "--out", "a.jsonl"), "there is no video 'VID07' in labels"),
         (("labels", "--out", "a.jsonl", "--frames", 80), "frames is 80"),
         (("labels", "--out", "a.jsonl", "--format", "cvat"), "--format is 'cvat'"),
+        (("labels", "--out", "a.jsonl", "--times", "hours"), "--times is 'hours'"),
     ],
 )
 def test_what_is_wrong_is_one_line(

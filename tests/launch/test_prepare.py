@@ -144,7 +144,7 @@ def test_killed_on_two_ranks_it_gives_the_same_bytes(
     assert len(left) < SAMPLES and not out.exists()
     told = finish(start(clips, out, "--ranks", "2"))
     assert f"{len(left)} of {SAMPLES} samples are encoded already" in told
-    assert f"rank 0 of 2, {SAMPLES} in all" in told
+    assert "encode, 2 ranks: " in told
     assert contents(out) == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
 
@@ -162,7 +162,8 @@ def test_a_fault_on_the_second_rank_is_told_once_by_the_first(tmp_path: Path) ->
     (line,) = (line for line in told.splitlines() if line.startswith("wanmoe: error"))
     assert line.startswith("wanmoe: error [rank 0]: on rank 1: ")
     assert "clips.jsonl:2: there are 3 masks, but 9 frames are used" in line
-    assert not (tmp_path / "s").exists() and len(finished(tmp_path / "s")) == 1
+    # The first rank finishes its sample, or stops before it where the second fails sooner.
+    assert not (tmp_path / "s").exists() and {name[:4] for name in finished(tmp_path / "s")} <= {"a_a-"}
 
 
 def run(

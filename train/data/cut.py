@@ -16,10 +16,11 @@ from ...moe_lora.instruments import ExpertSet
 from ...moe_lora.video import VideoInfo, frame_at
 from .captions import clean_caption, skip_reason, tools_of
 from .clips import Box, Clip, Polygon, Tip, window_span, windows
-from .footage import Footage, VideoFiles, Videos, copies, look, source_name
+from .footage import MARGIN, Footage, VideoFiles, Videos, copies, look
 from .plan import Instruments, label
 from .segment import Moment, Segment
 from .shards import histogram, histogram_lines
+from .sources import recording
 from .splits import assign_splits
 
 Mark = TypeVar("Mark", Tip, Box, Polygon)
@@ -50,7 +51,8 @@ class CutReport:
     def lines(self) -> list[str]:
         """The report as lines of text."""
         return [
-            f"kept {len(self.clips)} windows of {self.segments} segments from {self.videos} videos",
+            f"kept {_count(len(self.clips), 'window')} of {_count(self.segments, 'segment')} "
+            f"from {_count(self.videos, 'video')}",
             *(
                 f"dropped {count}: {reason} (first: {self.examples[reason]})"
                 for reason, count in sorted(self.dropped.items())
@@ -113,11 +115,12 @@ def cut_segments(
         for clip in cut:
             (window,) = windows(clip, files.infos[clip.video_path], frames=sizes[-1])
             pieces.append(_Piece(clip, label(clip, experts), window.indices))
-    pieces = _unlike(_visible(pieces, footage, report), footage, files, report)
+    pieces = _unlike(pieces, footage, files, report)
     if not pieces:
         causes = "; ".join(f"{count} x {reason}" for reason, count in sorted(report.dropped.items()))
         raise WanmoeError(
-            f"no window is left of {len(segments)} segments: {causes}; lower the frames, or widen the seconds"
+            f"no window is left of {_count(len(segments), 'segment')}: {causes}; lower the frames, or "
+            "widen the seconds"
         )
     order = {path: number for number, path in enumerate(files.infos)}
     pieces.sort(key=lambda piece: (order[piece.clip.video_path], piece.clip.start_frame))
@@ -158,7 +161,7 @@ def _clip(segment: Segment | Clip, files: VideoFiles, report: CutReport) -> Clip
         caption=clean_caption(clip.caption),
         caption_zh=clean_caption(clip.caption_zh or "") or None,
         tools=", ".join(dict.fromkeys([*([clip.tools] if clip.tools else []), *named])),
-        source=source_name(clip.source),
+        source=recording(clip.source),
         num_frames=end - clip.start_frame,
         frames=None,
         fps=None,
@@ -216,24 +219,36 @@ def _scenes(
     for clip in clips:
         if _fits(clip, files.infos[clip.video_path].fps, seconds, report):
             kept.setdefault(clip.video_path, []).append(clip)
-    parts, footage = [], {}
+    parts, footage, short = [], {}, []
     places = divided = 0
-    for path, own in tqdm(kept.items(), unit="video", desc="look", disable=not progress):
-        info = files.infos[path]
-        spans = [(clip.start_frame, clip.start_frame + (clip.num_frames or 0)) for clip in own]
-        seen = footage[path] = look(path, info, spans)
-        for clip, (start, end) in zip(own, spans, strict=True):
-            end = min(end, seen.end)
-            inside = [cut for cut in seen.cuts if start < cut < end]
-            places, divided = places + len(inside), divided + bool(inside)
-            for first, last in zip([start, *inside], [*inside, end], strict=True):
-                part = _in_scene(replace(clip, start_frame=first, num_frames=last - first), seen.cuts)
-                if end <= start:
-                    report.drop(clip.origin, "outside the video")
-                elif _fits(part, info.fps, seconds, report):
-                    parts.append(part)
+    spans = {
+        path: [(clip.start_frame, clip.start_frame + (clip.num_frames or 0)) for clip in own]
+        for path, own in kept.items()
+    }
+    lasts = {path: max(end for _, end in own) + MARGIN for path, own in spans.items()}
+    total = sum(min(files.infos[path].frames, last) for path, last in lasts.items())
+    with tqdm(total=total, unit="frame", desc="look", disable=not progress) as bar:
+        for path, own in kept.items():
+            info = files.infos[path]
+            seen = footage[path] = look(path, info, spans[path], bar.update)
+            if seen.fault:
+                short.append(f"{path} at frame {seen.end} ({seen.fault})")
+            for clip, (start, end) in zip(own, spans[path], strict=True):
+                end = min(end, seen.end)
+                inside = [cut for cut in seen.cuts if start < cut < end]
+                places, divided = places + len(inside), divided + bool(inside)
+                for first, last in zip([start, *inside], [*inside, end], strict=True):
+                    part = _in_scene(replace(clip, start_frame=first, num_frames=last - first), seen.cuts)
+                    if end <= start:
+                        report.drop(clip.origin, "outside the video")
+                    elif _fits(part, info.fps, seconds, report):
+                        parts.append(part)
+    if short:
+        report.notes.append(f"{_count(len(short), 'video ends', 'videos end')} early: {'; '.join(short)}")
     if divided:
-        report.notes.append(f"{divided} segments are split at {places} scene cuts")
+        report.notes.append(
+            f"{_count(divided, 'segment is', 'segments are')} split at {_count(places, 'scene cut')}"
+        )
     return parts, footage
 
 
@@ -309,20 +324,10 @@ def _near(marks: Sequence[Mark], start: int, end: int, reach: int) -> tuple[Mark
     )
 
 
-def _visible(pieces: Iterable[_Piece], footage: Mapping[Path, Footage], report: CutReport) -> list[_Piece]:
-    kept = []
-    for piece in pieces:
-        if footage[piece.clip.video_path].is_black(piece.indices):
-            report.drop(piece.clip.origin, "black pictures")
-        else:
-            kept.append(piece)
-    return kept
-
-
 def _unlike(
     pieces: Iterable[_Piece], footage: Mapping[Path, Footage], files: VideoFiles, report: CutReport
 ) -> list[_Piece]:
-    """The windows without those that an earlier one has already, whatever file it is of."""
+    """The windows without black ones, and those that an earlier one has already, whatever file it is of."""
     spans: dict[str, list[tuple[int, int]]] = {}
     trained: dict[str, set[int]] = {}
     by_length: dict[int, list[_Piece]] = {}
@@ -330,7 +335,9 @@ def _unlike(
         clip, (first, *_, last) = piece.clip, piece.indices
         digest = files.digest(clip.video_path)
         own, claimed = spans.setdefault(digest, []), trained.setdefault(digest, set())
-        if clip.split == "val" and not claimed.isdisjoint(range(first, last + 1)):
+        if footage[clip.video_path].is_black(piece.indices):
+            report.drop(clip.origin, "black pictures")
+        elif clip.split == "val" and not claimed.isdisjoint(range(first, last + 1)):
             report.drop(clip.origin, "held-out window shares frames with training")
         elif any(_overlap(other, (first, last + 1)) > _SAME for other in own):
             report.drop(clip.origin, "the same frames of a video twice")
@@ -349,6 +356,10 @@ def _unlike(
             else:
                 report.drop(piece.clip.origin, "the same pictures in another video file")
     return kept
+
+
+def _count(number: int, one: str, more: str = "") -> str:
+    return f"{number} {one if number == 1 else more or one + 's'}"
 
 
 def _overlap(one: tuple[int, int], other: tuple[int, int]) -> float:

@@ -3,11 +3,12 @@
 Letters: F, H, W frames, height, width in pixels; f, h, w the same of the latent.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import gc
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...moe_lora.errors import WanmoeError
 from ...moe_lora.video import to_model
@@ -17,7 +18,58 @@ from .border import endoscope_border
 from .clips import Box, Tip
 from .flow import clip_flow, latent_flow
 from .plan import Piece
-from .region import Mask, latent_region, read_masks, window_marks
+from .region import Mask, MaskReader, latent_region, window_marks
+
+Model = TypeVar("Model", bound=Codec | TextEncoder)
+
+
+class Encoders:
+    """Codec and text encoder of a job, of which a card holds one at a time.
+
+    Each is given as it is, and then stays where it is, or as a function that loads it. The codec is loaded
+    twice, first to be described, for umT5-xxl leaves little beside it.
+    """
+
+    def __init__(
+        self, codec: Codec | Callable[[], Codec], text_encoder: TextEncoder | Callable[[], TextEncoder]
+    ) -> None:
+        self._codec = codec
+        self.made_by = {"codec": _facts(_ready(codec))}
+        _free_memory()
+        self.text_encoder: TextEncoder | None = _ready(text_encoder)
+        self.made_by["text_encoder"] = _facts(self.text_encoder)
+
+    def codec(self) -> Codec:
+        """The codec, in the place of the text encoder."""
+        self.text_encoder = None
+        _free_memory()
+        return _ready(self._codec)
+
+    def described(self, part: str) -> dict[str, Any]:
+        """What the manifest says of "codec" or "text_encoder"."""
+        return {key: self.made_by[part][key] for key in ("name", "fingerprint", "stand_in")}
+
+
+def _ready(given: Model | Callable[[], Model]) -> Model:
+    """The model, loaded where a function was given: a model can be called too, but says what it is."""
+    return cast(Model, given) if hasattr(given, "stand_in") else given()
+
+
+def _facts(model: Codec | TextEncoder) -> dict[str, Any]:
+    """What decides a model's last digits: itself, and where it has tensors, their device and dtype."""
+    facts = {"name": model.name, "fingerprint": model.fingerprint, "stand_in": model.stand_in}
+    if isinstance(model, nn.Module):
+        for tensor in (*model.parameters(), *model.buffers()):
+            device = tensor.device
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            return facts | {"device": name, "dtype": str(tensor.dtype)}
+    return facts
+
+
+def _free_memory() -> None:
+    gc.collect()  # models have cycles of references
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 class Annotations(NamedTuple):
@@ -35,7 +87,7 @@ class PieceEncoder:
 
     def __init__(self, codec: Codec, task: str) -> None:
         self.codec, self.task = codec, task
-        self._masks: tuple[str, Mapping[int, Mask] | None] = ("", None)
+        self._masks = MaskReader()
 
     def __call__(self, piece: Piece, pictures: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and description of a sample; `pictures` uint8 [F, H, W, 3] are those of its window.
@@ -45,7 +97,7 @@ class PieceEncoder:
         """
         clip = piece.clip
         video = to_model(pictures)[None]
-        known = annotations(piece, pictures, self._clip_masks(piece))
+        known = annotations(piece, pictures, self._masks(clip, piece.info.height, piece.info.width))
         try:
             tensors = {"latent": self.codec.encode(video).cpu()[0]}
             if self.task == "i2v":
@@ -58,12 +110,6 @@ class PieceEncoder:
             ) from error
         stored = {name: narrow(tensor, f"{clip.origin}: {name}") for name, tensor in tensors.items()}
         return stored | known.tensors, describe_piece(piece, known)
-
-    def _clip_masks(self, piece: Piece) -> Mapping[int, Mask] | None:
-        """The clip's masks; those of the last clip are kept, since its windows follow one another."""
-        if self._masks[0] != piece.clip.origin:
-            self._masks = (piece.clip.origin, read_masks(piece.clip, piece.info.height, piece.info.width))
-        return self._masks[1]
 
 
 def annotations(piece: Piece, pictures: Tensor, masks: Mapping[int, Mask] | None) -> Annotations:

@@ -67,7 +67,7 @@ def clip_flow(pictures: Tensor, step: int = 1) -> ClipFlow:
         backward[index] = back.transpose(2, 0, 1) * scale
         forward[index] = forth.transpose(2, 0, 1) * scale
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # OpenCV lets go of the GIL
+    with ThreadPoolExecutor(_threads()) as pool:  # OpenCV lets go of the GIL
         list(pool.map(one, range(shape[0])))
     return ClipFlow(backward, forward, visible, scale)
 
@@ -87,6 +87,12 @@ def latent_flow(pictures: Tensor) -> tuple[Tensor, Tensor]:
     mean = _cells(flow.backward, side) / SPACE_STRIDE
     visible = np.where(seen[:, 0] >= 0.5, 255, 0).astype(np.uint8)
     return torch.from_numpy(mean.astype(np.float16)), torch.from_numpy(visible)
+
+
+def _threads() -> int:
+    """This rank's share of the cores; torchrun and DeepSpeed's launcher name the ranks of a machine so."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    return max(1, (os.cpu_count() or 1) // int(ranks))
 
 
 def _grey(picture: Grey, scale: int) -> Grey:

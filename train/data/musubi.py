@@ -32,6 +32,7 @@ from .encode import encode_caption, narrow
 from .plan import Plan, label, sample_key, summary
 from .prepare import BAR
 from .shard_writer import ShardWriter
+from .sources import clip_source, recording
 from .splits import assign_splits
 from .spool import tensors_sha256
 
@@ -106,11 +107,12 @@ def import_caches(
         null_context=None if text_encoder is None else encode_caption(text_encoder, ""),
     )
     samples = list(zip(caches, split, labels, strict=True))
+    keys: dict[str, tuple[str, Path]] = {}
     bar = tqdm(samples, desc="import", unit=" samples", bar_format=BAR, disable=not progress)
     with writer:
         for cache, clip, instruments in bar:
             try:
-                _add(writer, plan, cache, clip, instruments)
+                _add(writer, plan, cache, clip, instruments, keys)
             except CacheError as error:
                 faults.append(str(error))
         if faults:
@@ -265,7 +267,7 @@ def _clip(cache: Cache, listed: Clip | None) -> Clip:
         video_path=cache.path,
         caption=cache.caption,
         id=cache.stem,
-        source=cache.stem,
+        source=recording(cache.stem),
         origin=str(cache.path),
         tools=tools,
     )
@@ -275,7 +277,7 @@ def _clip(cache: Cache, listed: Clip | None) -> Clip:
         video_path=cache.path,
         caption=cache.caption,
         id=cache.stem,
-        source=listed.source,
+        source=clip_source(listed),
         origin=str(cache.path),
         caption_zh=listed.caption_zh,
         instruments=listed.instruments,
@@ -312,11 +314,21 @@ def _split(
 
 
 def _add(
-    writer: ShardWriter, plan: Plan, cache: Cache, clip: Clip, instruments: tuple[tuple[str, float], ...]
+    writer: ShardWriter,
+    plan: Plan,
+    cache: Cache,
+    clip: Clip,
+    instruments: tuple[tuple[str, float], ...],
+    keys: dict[str, tuple[str, Path]],
 ) -> None:
+    """Write the sample of a cache; `keys` has content and file of those before it."""
     tensors, context = _load(cache.path), _load(cache.text_path)
-    key = sample_key(clip.source, cache.stem, cache.first, tensors_sha256(tensors, cache.caption))
+    content = tensors_sha256(tensors, cache.caption)
+    key = sample_key(clip.source, cache.stem, cache.first, content)
+    other = keys.setdefault(key, (content, cache.path))
     if key in writer:
+        if other[0] != content:
+            raise CacheError(f"{other[1]} and {cache.path}: different caches have one key, {key}; rename one")
         plan.drop(str(cache.path), "the same cache twice")
         return
     latent = _checked(tensors[cache.latent], cache.path, cache.latent)

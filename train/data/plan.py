@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...moe_lora.errors import WanmoeError
-from ...moe_lora.files import file_sha256
+from ...moe_lora.files import file_sha256, remembered_sha256
 from ...moe_lora.instruments import ExpertSet
 from ...moe_lora.video import Fit, VideoInfo, frame_at, video_info
 from .clips import Clip, Window, windows
 from .shards import histogram_lines
+from .sources import clip_source
 from .splits import assign_splits
 
 Instruments = tuple[tuple[str, float], ...]
@@ -75,6 +76,12 @@ class Piece(NamedTuple):
     """Of the video file."""
     masks_sha256: str
 
+    @property
+    def content(self) -> object:
+        """What is seen and said: pieces of equal content are one."""
+        size = (self.fit.height, self.fit.width)
+        return self.sha256, self.window.indices, size, self.clip.caption
+
     def digest(self) -> str:
         """SHA-256 of all that decides the sample, wherever its files lie."""
         clip = replace(self.clip, video_path=Path(), masks=None, origin="")
@@ -116,7 +123,7 @@ def read_source(path: Path, origin: str, *, is_video: bool) -> Source:
     try:
         if is_video:
             info = video_info(path)
-            return Source(file_sha256(path), info)
+            return Source(remembered_sha256(path), info)
         if path.is_dir():
             pictures = sorted(path.glob("*.png"))
             return Source(_digest([(one.name, file_sha256(one)) for one in pictures]))
@@ -138,6 +145,7 @@ def make_plan(
     experts do not know, and where no window is left.
     """
     plan = Plan()
+    clips = [replace(clip, source=clip_source(clip)) for clip in clips]
     infos = {path: source.info for path, source in sources.items() if source.info is not None}
     labels = [label(clip, experts) for clip in clips]
     by_origin = {(clip.origin, clip.video_path): own for clip, own in zip(clips, labels, strict=True)}
@@ -167,17 +175,23 @@ def make_plan(
                 plan.drop(clip.origin, "held-out window shares frames with training")
                 continue
             pieces.append(_piece(clip, by_origin[clip.origin, clip.video_path], window, sources, settings))
+    plan.notes += _windows_already(clips, infos, settings)
     if not pieces:
         causes = "; ".join(f"{count} x {reason}" for reason, count in plan.dropped.items())
         raise WanmoeError(f"no sample is left of {len(clips)} clips: {causes}; lower frames or fps")
     files = {path: number for number, path in enumerate(dict.fromkeys(clip.video_path for clip in clips))}
-    keys: set[str] = set()
+    first: dict[str, Piece] = {}
     for piece in sorted(pieces, key=lambda piece: (files[piece.clip.video_path], piece.window.indices[0])):
-        if piece.key in keys:
+        other = first.setdefault(piece.key, piece)
+        if other is piece:
+            plan.pieces.append(piece)
+        elif other.content == piece.content:
             plan.drop(piece.clip.origin, "the same window and caption twice")
         else:
-            keys.add(piece.key)
-            plan.pieces.append(piece)
+            raise WanmoeError(
+                f"{other.clip.origin} and {piece.clip.origin}: different samples have one key, {piece.key}; "
+                "give one of them another id"
+            )
     return plan
 
 
@@ -235,9 +249,9 @@ def summary(manifest: Mapping[str, Any], plan: Plan) -> list[str]:
 
 
 def sample_key(source: str, name: str, number: int, content: object) -> str:
-    """`<source>_<clip>-w<window>_<hash8>`: equal names in two folders differ by the hash of `content`."""
-    source, name = (re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")[-24:] for text in (source, name))
-    return f"{source or 'video'}_{name or 'clip'}-w{number:03d}_{_digest(content)[:8]}"
+    """`<source>_<clip>-w<window>_<hash>`: equal names in two folders differ by the hash of `content`."""
+    source, name = (re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")[-22:] for text in (source, name))
+    return f"{source or 'video'}_{name or 'clip'}-w{number:03d}_{_digest(content)[:16]}"
 
 
 def nearest_size(info: VideoInfo, sizes: Sequence[Size]) -> Size:
@@ -267,6 +281,21 @@ def _cut(clip: Clip, info: VideoInfo, settings: Settings) -> list[Window]:
     return found
 
 
+def _windows_already(clips: Sequence[Clip], infos: Mapping[Path, VideoInfo], settings: Settings) -> list[str]:
+    """A note where clips were cut with other settings than these, which do not change them."""
+    fixed: Counter[str] = Counter()
+    for clip in clips:
+        own = infos[clip.video_path].fps
+        length, rate = clip.frames, clip.fps or own
+        others = length not in settings.frames or rate != (settings.fps or own) or settings.window_stride
+        if length is not None and others:
+            fixed[f"{length} frames at {rate:g} fps"] += 1
+    return [
+        f"{count} clips are windows of {kind} already and stay so, whatever --frames, --fps and --stride say"
+        for kind, count in sorted(fixed.items())
+    ]
+
+
 def _piece(
     clip: Clip,
     instruments: Instruments,
@@ -277,8 +306,8 @@ def _piece(
     sha256, info = sources[clip.video_path]
     assert info is not None
     size = nearest_size(info, settings.sizes)
-    return Piece(
-        key=sample_key(clip.source, clip.id, window.number, (sha256, window.indices, size, clip.caption)),
+    piece = Piece(
+        key="",
         clip=clip,
         instruments=instruments,
         window=window,
@@ -288,6 +317,7 @@ def _piece(
         sha256=sha256,
         masks_sha256="" if clip.masks is None else sources[clip.masks].sha256,
     )
+    return piece._replace(key=sample_key(clip.source, clip.id, window.number, piece.content))
 
 
 def _digest(content: object) -> str:

@@ -8,6 +8,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,18 +21,18 @@ import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ...moe_lora.errors import WanmoeError
 from ...moe_lora.instruments import ExpertSet
-from ...moe_lora.video import VideoEndError, iter_windows
+from ...moe_lora.video import VideoDamagedError, VideoEndError, iter_windows
 from ...moe_lora.wan.codec import Codec
 from ...moe_lora.wan.text import TextEncoder
 from ..engine import agree, init_distributed, together
 from ..staging import Staging
 from .clips import Clip
-from .encode import PieceEncoder, encode_caption
+from .encode import Encoders, PieceEncoder, encode_caption
 from .plan import (
     Instruments,
     Piece,
@@ -50,10 +51,12 @@ from .shard_writer import ShardWriter
 from .shards import FORMAT, is_shard_file
 from .spool import Spool, text_name
 
-__all__ = ["Instruments", "Ranks", "describe", "join_ranks", "label", "prepare"]
+__all__ = ["Instruments", "Ranks", "join_ranks", "label", "prepare"]
 
 # A rank waits for the slowest one, for hours if need be; one that dies is noticed at once, by its connection.
 _PATIENCE = datetime.timedelta(days=7)
+_BAR_AFTER = 2.0  # seconds
+_COUNT_EVERY = 2.0  # seconds; a folder of 100,000 samples is listed in a tenth of one
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 Item = TypeVar("Item")
@@ -94,8 +97,8 @@ def prepare(
     clips: Sequence[Clip],
     out: str | Path,
     *,
-    codec: Codec,
-    text_encoder: TextEncoder,
+    codec: Codec | Callable[[], Codec],
+    text_encoder: TextEncoder | Callable[[], TextEncoder],
     experts: ExpertSet,
     size: Size | Sequence[Size],
     frames: int | Sequence[int],
@@ -114,7 +117,8 @@ def prepare(
     of the shorter ones; a clip that is a window already stays as it is. Each is scaled to cover the `size`
     (H, W, multiples of 16) of the nearest shape and cut in the centre; tips, boxes and masks follow. `task`
     "i2v" also stores the condition on the first frame. Instruments come from the clip's labels, else a
-    `[Tools in: ...]` of its caption, else the caption's keywords.
+    `[Tools in: ...]` of its caption, else the caption's keywords. Codec and text encoder may be functions
+    that load them: then no card holds both.
 
     Finished samples are kept in `<out>.work` until the shards are written: the same call after a kill goes on
     from there. With `progress` a bar and a summary go to standard error. Raises `WanmoeError` on unreadable
@@ -130,15 +134,15 @@ def prepare(
         seed=seed,
         task=task,
     )
-    plan = make_plan(clips, experts, _sources(clips, ranks), settings)
-    wanted = recipe(plan, settings, _makers(codec, text_encoder, experts))
+    progress = progress and not ranks.rank
+    encoders = ranks.together(lambda: Encoders(codec, text_encoder))
+    plan = make_plan(clips, experts, _sources(clips, ranks, progress), settings)
+    wanted = recipe(plan, settings, _makers(encoders, experts))
     if ranks.count > 1:
         samples = hashlib.sha256(repr(wanted["samples"]).encode()).hexdigest()
-        makers = {"codec": codec.fingerprint, "text encoder": text_encoder.fingerprint}
-        agree({"clips": samples, **makers})
-    progress = progress and not ranks.rank
+        agree({"clips": samples} | {part: made["fingerprint"] for part, made in encoders.made_by.items()})
     with Spool(out) as spool:
-        job = _Job(plan, settings, spool, ranks, codec, text_encoder, progress)
+        job = _Job(plan, settings, spool, ranks, encoders, progress)
         ranks.together(lambda: None if ranks.rank else job.open(out, wanted))
         finished = job.finished()
         ranks.together(lambda: job.encode(finished))
@@ -150,11 +154,6 @@ def prepare(
     return manifest
 
 
-def describe(encoder: Codec | TextEncoder) -> dict[str, Any]:
-    """What the manifest says of a codec or text encoder."""
-    return {"name": encoder.name, "fingerprint": encoder.fingerprint, "stand_in": encoder.stand_in}
-
-
 class _Job:
     """The encoding of one plan by one rank."""
 
@@ -164,13 +163,11 @@ class _Job:
         settings: Settings,
         spool: Spool,
         ranks: Ranks,
-        codec: Codec,
-        text_encoder: TextEncoder,
+        encoders: Encoders,
         progress: bool,
     ) -> None:
         self.plan, self.settings, self.spool, self.ranks = plan, settings, spool, ranks
-        self.codec, self.text_encoder = codec, text_encoder
-        self.progress = progress
+        self.encoders, self.progress = encoders, progress
         self.texts = {text_name(caption): caption for caption in plan.captions()}
 
     def say(self, line: str) -> None:
@@ -209,7 +206,8 @@ class _Job:
     def write(self, out: str | Path, experts: ExpertSet) -> dict[str, Any]:
         """Write the shards from finished samples, in the order of the plan; returns the manifest."""
         context = lru_cache(64)(lambda caption: self.spool.get(text_name(caption))[0]["context"])
-        writer = ShardWriter(out, describe(self.codec), describe(self.text_encoder), null_context=context(""))
+        made_by = (self.encoders.described(part) for part in ("codec", "text_encoder"))
+        writer = ShardWriter(out, *made_by, null_context=context(""))
         with writer:
             for piece in self._bar(self.plan.pieces, "write shards"):
                 tensors, meta = self.spool.get(piece.key)
@@ -232,27 +230,33 @@ class _Job:
         return writer.manifest
 
     def _encode_texts(self, names: Sequence[str]) -> None:
+        encoder = self.encoders.text_encoder
+        assert encoder is not None
         for name in self.ranks.share(names):
             if self.spool.stopping:
                 return
-            context = encode_caption(self.text_encoder, self.texts[name])
+            context = encode_caption(encoder, self.texts[name])
             self.spool.put(name, {"context": context}, {"caption": self.texts[name]})
 
     def _encode_pieces(self, pieces: Sequence[Piece], done: int) -> None:
-        encoder = PieceEncoder(self.codec, self.settings.task)
-        with self._bar(None, self._title(), total=done + len(pieces), initial=done) as bar:
-            for piece, pictures in _read(pieces):
+        if not pieces:
+            return
+        encoder = PieceEncoder(self.encoders.codec(), self.settings.task)
+        title = f"encode, {self.ranks.count} ranks" if self.ranks.count > 1 else "encode"
+        with self._bar(None, title, total=len(self.plan.pieces), initial=done) as bar:
+            counted = time.monotonic()
+            for number, (piece, pictures) in enumerate(_read(pieces), start=1):
                 if self.spool.stopping:
                     return
-                if pictures is None:
-                    self.spool.put(piece.key, {}, {"dropped": "the video ends before the window does"})
+                if isinstance(pictures, str):
+                    self.spool.put(piece.key, {}, {"dropped": pictures})
                 else:
                     self.spool.put(piece.key, *encoder(piece, pictures))
-                bar.update()
-
-    def _title(self) -> str:
-        count = self.ranks.count
-        return f"encode, rank 0 of {count}, {len(self.plan.pieces)} in all" if count > 1 else "encode"
+                if self.ranks.count == 1:
+                    bar.update()
+                elif self.progress and (number == len(pieces) or time.monotonic() - counted > _COUNT_EVERY):
+                    bar.update(self.spool.count() - bar.n)
+                    counted = time.monotonic()
 
     def _bar(self, items: Sequence[Piece] | None, title: str, **options: int) -> Any:
         hidden = not self.progress
@@ -265,37 +269,27 @@ def _sizes(size: Size | Sequence[Size]) -> tuple[Size, ...]:
     return tuple((height, width) for height, width in cast("Sequence[Size]", pairs))
 
 
-def _sources(clips: Sequence[Clip], ranks: Ranks) -> dict[Path, Source]:
-    """Digests and heads of all files, each read by one rank."""
+def _sources(clips: Sequence[Clip], ranks: Ranks, progress: bool) -> dict[Path, Source]:
+    """Digests and heads of all files, each read by one rank; a bar where that takes more than a moment."""
     videos = {clip.video_path for clip in clips}
-    mine = ranks.share(files_of(clips))
+    mine = tqdm(
+        ranks.share(files_of(clips)), "read files", unit=" files", delay=_BAR_AFTER, disable=not progress
+    )
     found = ranks.together(
         lambda: [(path, read_source(path, line, is_video=path in videos)) for path, line in mine]
     )
     return dict(ranks.gather(found))
 
 
-def _makers(codec: Codec, text_encoder: TextEncoder, experts: ExpertSet) -> dict[str, Any]:
+def _makers(encoders: Encoders, experts: ExpertSet) -> dict[str, Any]:
     """What turns a piece into a sample: other versions and devices give other last digits."""
     return {
         "format": FORMAT,
         "versions": {"wanmoe": importlib.metadata.version("wanmoe")}
         | {library.__name__: str(library.__version__) for library in (torch, np, cv2, av)},
         "experts": list(experts.names),
-        "codec": describe(codec) | _place(codec),
-        "text_encoder": describe(text_encoder) | _place(text_encoder),
+        **encoders.made_by,
     }
-
-
-def _place(model: object) -> dict[str, str]:
-    """Device and dtype of a model; nothing for one without tensors."""
-    if not isinstance(model, nn.Module):
-        return {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        device = tensor.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return {"device": name, "dtype": str(tensor.dtype)}
-    return {}
 
 
 def _deterministic() -> Any:
@@ -308,8 +302,8 @@ def _deterministic() -> Any:
     )
 
 
-def _read(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor | None]]:
-    """The pictures of every piece, each video decoded once; None where it ends before the piece does."""
+def _read(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor | str]]:
+    """The pictures of every piece, each video decoded once; why not, where it ends before the piece does."""
     for path, group in groupby(pieces, key=lambda piece: piece.clip.video_path):
         left = list(group)
         size = (left[0].fit.height, left[0].fit.width)
@@ -320,8 +314,11 @@ def _read(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor | None]]:
                     yield left[done], pictures
                     done += 1
                 break
-            except VideoEndError:  # some containers say more frames than they hold
+            except VideoEndError as error:  # some containers say more frames than they hold
+                why = "the video ends before the window does"
+                if isinstance(error, VideoDamagedError):
+                    why = path.name + str(error).removeprefix(str(path))
                 missed, end = left[done:], left[done].window.indices[-1]
-                yield from ((piece, None) for piece in missed if piece.window.indices[-1] >= end)
+                yield from ((piece, why) for piece in missed if piece.window.indices[-1] >= end)
                 # A shorter window that starts later may end before: one more pass, for these alone.
                 left = [piece for piece in missed if piece.window.indices[-1] < end]

@@ -8,7 +8,7 @@ A mask that is moved comes before boxes: with one mask a second of a synthetic s
 true ones by 0.86 (IoU), those of exact boxes in every frame by 0.60.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -71,7 +71,7 @@ def latent_region(
 
     A frame's region is its mask, else its polygons, else the nearest of either within a second, moved by the
     median flow inside, else its boxes, else discs about its tips. None where the clip has no annotation at
-    all. `masks` come from `read_masks`, `marks` from `window_marks`; without `flow` nothing is moved. Raises
+    all. `masks` come from `MaskReader`, `marks` from `window_marks`; without `flow` nothing is moved. Raises
     `WanmoeError` where a stack of masks does not cover the window.
     """
     if masks is None and not (clip.polygons or clip.boxes or clip.tips):
@@ -105,40 +105,56 @@ def pool(masks: Tensor) -> Tensor:
     return torch.cat([cells[:1], groups])
 
 
-def read_masks(clip: Clip, height: int, width: int) -> Mapping[int, Mask] | None:
-    """The clip's masks by frame of the video, uint8 [H, W] with 255 inside; None where it has none.
+class MaskReader:
+    """Reads the masks of clips; what many clips share is read once.
 
-    A stack is read at once and a folder picture by picture, when asked for. Raises `WanmoeError` where they
-    are missing or do not fit the video.
+    The names in a folder are kept for all folders, the pictures of a stack for the last one alone.
     """
-    if clip.masks is None:
-        return None
-    if clip.masks.is_dir():
-        return _MaskFolder(clip, height, width)
-    stack = _decode(clip, clip.masks)
-    if stack.shape[1] != width or stack.shape[0] % height:
-        raise WanmoeError(
-            f"{clip.origin}: the masks are {stack.shape[0]} x {stack.shape[1]}, "
-            f"not frames of {height} x {width} stacked vertically: {clip.masks}"
-        )
-    return {clip.masks_from + place: mask for place, mask in enumerate(stack.reshape(-1, height, width))}
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, dict[int, Path]] = {}
+        self._stack: tuple[Path, Mask] | None = None
+
+    def __call__(self, clip: Clip, height: int, width: int) -> Mapping[int, Mask] | None:
+        """The clip's masks by frame of the video, uint8 [H, W] with 255 inside; None where it has none.
+
+        A stack is read at once and a folder picture by picture, when asked for. Raises `WanmoeError` where
+        they are missing or do not fit the video.
+        """
+        if clip.masks is None:
+            return None
+        if clip.masks.is_dir():
+            if clip.masks not in self._folders:
+                self._folders[clip.masks] = _numbered(clip, clip.masks)
+            return _MaskFolder(clip, self._folders[clip.masks], (height, width))
+        if self._stack is None or self._stack[0] != clip.masks:
+            self._stack = (clip.masks, _decode(clip, clip.masks))
+        stack = self._stack[1]
+        if stack.shape[1] != width or stack.shape[0] % height:
+            raise WanmoeError(
+                f"{clip.origin}: the masks are {stack.shape[0]} x {stack.shape[1]}, "
+                f"not frames of {height} x {width} stacked vertically: {clip.masks}"
+            )
+        return {clip.masks_from + place: mask for place, mask in enumerate(stack.reshape(-1, height, width))}
+
+
+def _numbered(clip: Clip, folder: Path) -> dict[int, Path]:
+    """The pictures in a folder of masks by frame, rising."""
+    paths: dict[int, Path] = {}
+    for path in folder.glob("*.png"):
+        if not (path.stem.isascii() and path.stem.isdecimal()):
+            raise WanmoeError(f"{clip.origin}: masks in a folder are named <frame of the video>.png: {path}")
+        paths[int(path.stem)] = path
+    if not paths:
+        raise WanmoeError(f"{clip.origin}: there is no .png in the folder of masks: {folder}")
+    return dict(sorted(paths.items()))
 
 
 class _MaskFolder(Mapping[int, Mask]):
     """Masks in a folder of `<frame of the video>.png`."""
 
-    def __init__(self, clip: Clip, height: int, width: int) -> None:
-        self.clip, self.size = clip, (height, width)
-        assert clip.masks is not None
-        self.paths: dict[int, Path] = {}
-        for path in sorted(clip.masks.glob("*.png")):
-            if not (path.stem.isascii() and path.stem.isdecimal()):
-                raise WanmoeError(
-                    f"{clip.origin}: masks in a folder are named <frame of the video>.png: {path}"
-                )
-            self.paths[int(path.stem)] = path
-        if not self.paths:
-            raise WanmoeError(f"{clip.origin}: there is no .png in the folder of masks: {clip.masks}")
+    def __init__(self, clip: Clip, paths: dict[int, Path], size: tuple[int, int]) -> None:
+        self.clip, self.paths, self.size = clip, paths, size
 
     def __getitem__(self, frame: int) -> Mask:
         mask = _decode(self.clip, self.paths[frame])
@@ -187,8 +203,8 @@ def _outlines(clip: Clip, indices: Sequence[int], fit: Fit, masks: Mapping[int, 
     drawn: dict[int, list[Polygon]] = {}
     for polygon in clip.polygons:
         drawn.setdefault(polygon.frame, []).append(polygon)
-    out = {place: _draw(drawn[frame], fit) for place, frame in _nearest(drawn, indices).items()}
-    for place, frame in _nearest(masks, indices).items():
+    out = {place: _draw(drawn[frame], fit) for place, frame in _nearest(sorted(drawn), indices).items()}
+    for place, frame in _nearest(list(masks), indices).items():
         out[place] = fit.picture(masks[frame], nearest=True)
     return out
 
@@ -230,18 +246,20 @@ def _shifted(mask: Mask, shift: NDArray[np.float64]) -> Mask:
     return np.asarray(moved, dtype=np.uint8)
 
 
-def _nearest(frames: Iterable[int], indices: Sequence[int]) -> dict[int, int]:
-    """Place in the window -> the known frame of the file that it shows, else the nearest to it alone."""
+def _nearest(frames: Sequence[int], indices: Sequence[int]) -> dict[int, int]:
+    """Place in the window -> the known frame of the file that it shows, else the nearest to it alone.
+
+    `frames` rise.
+    """
     places: dict[int, list[int]] = {}
     for place, index in enumerate(indices):
         places.setdefault(index, []).append(place)
     half = (indices[-1] - indices[0]) / max(1, len(indices) - 1) / 2
     out: dict[int, int] = {}
-    for frame in frames:
+    near = slice(bisect_left(frames, indices[0] - half), bisect_right(frames, indices[-1] + half))
+    for frame in frames[near]:
         after = bisect_left(indices, frame)
         index = min(indices[max(0, after - 1) : after + 1], key=lambda index: abs(index - frame))
-        if not indices[0] - half <= frame <= indices[-1] + half:
-            continue
         for place in places[index] if index == frame else places[index][:1]:
             if place not in out or abs(frame - index) < abs(out[place] - index):
                 out[place] = frame
@@ -258,7 +276,7 @@ def _placed(marks: Sequence[Mark], indices: Sequence[int]) -> Iterator[Mark]:
         group = groups.setdefault((mark.instrument, mark.track), {})
         group.setdefault(mark.frame, []).append(mark)
     for group in groups.values():
-        for place, frame in _nearest(group, wide).items():
+        for place, frame in _nearest(sorted(group), wide).items():
             for mark in group[frame]:
                 kind = mark.kind if wide[place] == frame else INTERPOLATED
                 yield mark._replace(frame=place - len(ahead), kind=kind)

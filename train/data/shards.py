@@ -36,7 +36,7 @@ LATENT, TEXT, ROI, FLOW, META = (
     "json",
 )
 TEXTS = "text"  # the split of the index' rows that are captions
-_KEPT_TEXTS = 64  # a caption has up to 4 MB; windows of one clip, which share it, are read close together
+_KEPT_TEXTS = 16  # a caption has up to 4 MB; windows of one clip, which share it, are read close together
 
 
 class ShardError(WanmoeError):

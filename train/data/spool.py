@@ -109,6 +109,11 @@ class Spool:
             return False
         return True
 
+    def count(self) -> int:
+        """How many samples are there, of all processes of the job; captions do not count."""
+        names = (entry.name for entry in os.scandir(self.folder))
+        return sum("_" in name and name.endswith(".safetensors") for name in names)
+
     def path(self, name: str) -> Path:
         """The file of a sample."""
         return self.folder / f"{name}.safetensors"

@@ -1,13 +1,15 @@
 """Where the files of a folder of shards lie: on a disk, or behind a URL that fsspec opens."""
 
 import asyncio
+import logging
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import aiohttp
 import fsspec
@@ -15,6 +17,20 @@ from fsspec.registry import known_implementations
 from fsspec.utils import get_protocol
 
 from ...moe_lora.errors import WanmoeError
+
+PAUSES = (0.5, 2.0, 8.0)
+"""Seconds before each new try of a request that failed for a cause that may pass."""
+
+TIME_LIMITS = {"total": 300.0, "sock_connect": 30.0, "sock_read": 60.0}
+"""Seconds of one try over HTTP: in all, until connected, and between two pieces of an answer."""
+
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PASSING_STATUS = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
+
+_HTTP_FAULTS: tuple[type[Exception], ...] = (aiohttp.ClientError, asyncio.TimeoutError)
+
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
 
 
 class Store(Protocol):
@@ -51,9 +67,20 @@ class LocalStore:
 
 
 class RemoteStore:
-    """A folder behind a URL; parts of a file are read by byte ranges."""
+    """A folder behind a URL; parts of a file are read by byte ranges.
+
+    A request that fails for a cause that may pass (no connection, no answer in time, a status such as 503) is
+    made again, at most `len(PAUSES)` times, each time logged.
+    """
 
     def __init__(self, url: str) -> None:
+        self._http = get_protocol(url) in ("http", "https")
+        if self._http and (mark := next((one for one in url if one in "?#"), "")):
+            # What follows may be a secret, so the message leaves it out.
+            raise WanmoeError(
+                f"{url.partition(mark)[0]}: a root takes no query or fragment, got one after {mark!r}; give "
+                "the folder's plain URL, or s3:// or gs:// where reading needs a key"
+            )
         self.url = url.rstrip("/")
         self._process = 0
         try:
@@ -73,28 +100,54 @@ class RemoteStore:
             limits["start"] = offset
         if size is not None:
             limits["end"] = offset + size
-        with _as_os_errors():
+        file = self._file(name)
+
+        def request() -> bytes:
             try:
-                data = bytes(self._connected().cat_file(self._file(name), **limits))
+                return bytes(self._connected().cat_file(file, **limits))
             except aiohttp.ClientResponseError as error:
                 if error.status != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                     raise
                 return b""  # the file ends before `offset`
+
+        data = self._tried(name, request)
         if size is not None and len(data) > size:
             raise OSError(f"asked for {size} bytes, got {len(data)}: the server does not serve byte ranges")
         return data
 
     def size(self, name: str) -> int:
-        with _as_os_errors():
-            size = self._connected().size(self._file(name))
+        file = self._file(name)
+        size = self._tried(name, lambda: self._connected().size(file))
         if size is None:
             raise OSError("the server does not say how large the file is")
         return int(size)
 
+    @staticmethod
+    def pause(seconds: float) -> None:
+        """Wait before a request is made again."""
+        time.sleep(seconds)
+
+    def _tried(self, name: str, request: Callable[[], _T]) -> _T:
+        for number, seconds in enumerate(PAUSES, 1):
+            try:
+                with _as_os_errors():
+                    return request()
+            except OSError as error:
+                if not _may_pass(error):
+                    raise
+                facts = (self.path(name), error, number, len(PAUSES), seconds)
+                _log.warning("%s: %s; try again (%d of %d) in %g s", *facts)
+            self.pause(seconds)
+        with _as_os_errors():
+            return request()
+
     def _connected(self) -> Any:
         # A connection does not survive a fork: each reader process makes its own.
         if self._process != os.getpid():
-            self._system, self._folder = fsspec.url_to_fs(self.url)
+            options: dict[str, Any] = {}
+            if self._http:
+                options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(**TIME_LIMITS)}
+            self._system, self._folder = fsspec.url_to_fs(self.url, **options)
             self._process = os.getpid()
         return self._system
 
@@ -121,17 +174,33 @@ def _checked(name: str) -> str:
 
 @contextmanager
 def _as_os_errors() -> Iterator[None]:
-    """Errors of the libraries behind fsspec as `OSError`, which not all of them are."""
+    """Errors of the libraries behind fsspec as `OSError` with a text, which not all of them are or have."""
     try:
         yield
+    except FileNotFoundError as error:
+        # fsspec says so of any failure to learn a size.
+        cause = error.__cause__
+        if not isinstance(cause, _HTTP_FAULTS) or getattr(cause, "status", None) == HTTPStatus.NOT_FOUND:
+            raise
+        raise OSError(f"{type(cause).__name__}: {cause}") from cause
+    except TimeoutError as error:
+        raise TimeoutError(str(error) or "no answer in time") from error
     except OSError:
         raise
-    except _other_faults() as error:
+    except _HTTP_FAULTS + _s3_faults() as error:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def _other_faults() -> tuple[type[Exception], ...]:
+def _s3_faults() -> tuple[type[Exception], ...]:
     # botocore comes with s3fs, which only who reads from S3 has.
     botocore = sys.modules.get("botocore.exceptions")
-    s3 = () if botocore is None else (botocore.BotoCoreError,)
-    return aiohttp.ClientError, asyncio.TimeoutError, *s3
+    return () if botocore is None else (botocore.BotoCoreError,)
+
+
+def _may_pass(error: OSError) -> bool:
+    """Whether a failed request is worth another try."""
+    cause = error.__cause__
+    if isinstance(cause, aiohttp.ClientResponseError):
+        return cause.status >= HTTPStatus.INTERNAL_SERVER_ERROR or cause.status in _PASSING_STATUS
+    # s3fs has made its own tries before it lets an error through.
+    return not isinstance(error, _LASTING) and not isinstance(cause, (aiohttp.InvalidURL, *_s3_faults()))

@@ -116,6 +116,20 @@ def test_a_video_that_ends_before_its_header_says_is_cut_where_it_ends(
     known = [segment("a", 1, 8, origin="a:1"), segment("a", 6, 9, origin="a:2")]
     report = cut(known, path.parent, frames=(33,), fps=20)
     assert spans(report) == [(20, 33, 33)] and report.examples == {"outside the video": "a:2"}
+    cause = "it ends there, though its header says 200 frames"
+    assert report.notes == [f"1 video ends early: {path} at frame 80 ({cause})"]
+
+
+def test_a_video_damaged_in_its_middle_is_cut_up_to_there_and_named(data_dir: Path, tmp_path: Path) -> None:
+    data = bytearray((data_dir / "bikes.mp4").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 4000] = bytes(4000)
+    (tmp_path / "a.mp4").write_bytes(data)
+    known = [segment("a", 3.1, 6.0, origin="a:1"), segment("a", 7.0, 9.5, origin="a:2")]
+    report = cut(known, tmp_path, frames=(17,), seconds=(1.5, 20), fps=12.5)
+    assert spans(report) == [(78, 33, 17)] and report.examples == {"outside the video": "a:2"}
+    assert report.notes[0].startswith(f"1 video ends early: {tmp_path / 'a.mp4'} at frame 120 (it is damaged")
+    (clip,) = report.clips
+    assert read_video(clip.video_path, start_frame=clip.start_frame, num_frames=33).shape[0] == 33
 
 
 def test_scene_cuts_split_a_segment_and_its_parts_are_filtered_again(data_dir: Path) -> None:
@@ -128,7 +142,7 @@ def test_scene_cuts_split_a_segment_and_its_parts_are_filtered_again(data_dir: P
     # Scenes of 30, 46, 61, 50, 55 and 8 frames, of which 30 and 8 are shorter than 1.5 s.
     assert spans(report) == [(30, 26, 17), (76, 51, 33), (137, 26, 17), (187, 51, 33)]
     assert report.dropped == {"shorter than 1.5 s": 2}
-    assert report.notes == ["1 segments are split at 5 scene cuts"]
+    assert report.notes == ["1 segment is split at 5 scene cuts"]
 
 
 def test_windows_that_are_black_are_dropped(tmp_path: Path) -> None:
@@ -377,6 +391,8 @@ def test_nothing_left_is_an_error_with_all_causes(small: Path) -> None:
     )
     with pytest.raises(WanmoeError, match=f"^no window is left of 3 segments: {causes}; lower the frames"):
         cut(known, small.parent)
+    with pytest.raises(WanmoeError, match="^no window is left of 1 segment: "):
+        cut(known[:1], small.parent)
 
 
 def test_the_report_says_what_was_kept_dropped_and_why(small: Path) -> None:
@@ -386,7 +402,7 @@ def test_the_report_says_what_was_kept_dropped_and_why(small: Path) -> None:
         segment(start=6, end=9, caption="the liver"),
     ]
     assert cut(known, small.parent, frames=(33,)).lines() == [
-        "kept 2 windows of 3 segments from 1 videos",
+        "kept 2 windows of 3 segments from 1 video",
         "dropped 1: shorter than 2 s (first: labels.txt:2)",
         "train: (no evidence) 1, Hook/Electrocautery 1",
     ]

@@ -1,7 +1,9 @@
 """What a look at the pictures says, on real videos: scenes, black frames and copies; and videos by name."""
 
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from numpy.typing import NDArray
 
 from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.moe_lora.video import VideoInfo, read_video, video_info, write_video
-from wanmoe.train.data.footage import Footage, VideoFiles, copies, look, source_name
+from wanmoe.train.data.footage import Footage, VideoFiles, copies, look
 from wanmoe.train.data.segment import Segment
 
 BIKES_CUTS = (30, 76, 137, 187, 242)  # told by eye: an avenue, a man, a van, a fence, a wall, a bicycle
@@ -112,18 +114,18 @@ def apart(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> int:
 def test_reencoded_copies_are_told_from_other_moments(
     data_dir: Path, tmp_path: Path, name: str, size: tuple[int, int], crf: int
 ) -> None:
-    # Whole videos: copies differ by 6 levels at most, other moments (0.4 s and more apart) by 64 at least.
+    # Whole videos: copies differ by 9 levels at most, other moments (0.4 s and more apart) by 64 at least.
     true = fingerprints(data_dir / name, frames=115)
     copy = fingerprints(reencoded(data_dir / name, tmp_path / "copy.mp4", size, crf, 115))
     assert len(true) == len(copy) == 6
     same = [apart(one, other) for one, other in zip(true, copy, strict=True)]
     others = [apart(true[i], copy[j]) for i in range(6) for j in range(6) if i != j]
-    assert max(same) <= 7 and min(others) >= 28, (same, min(others))
+    assert max(same) <= 9 and min(others) >= 28, (same, min(others))
     assert copies([*true, *copy], ["a"] * 6 + ["b"] * 6) == [None] * 6 + list(range(6))
 
 
 def test_two_signs_before_one_background_are_no_copies(data_dir: Path, tmp_path: Path) -> None:
-    # All twelve: a copy differs by 7 levels at most, another sign by 28 at least. Of 64-bit difference hashes
+    # All twelve: a copy differs by 6 levels at most, another sign by 29 at least. Of 64-bit difference hashes
     # milk and thanks differ by 0.8 bits in the mean, fewer than copies of bikes.mp4 do (2.2).
     names = ("milk", "thanks", "bird")
     prints = []
@@ -151,18 +153,65 @@ def test_a_video_that_ends_early_is_seen_to_its_end(tmp_path: Path) -> None:
     path = black_video(tmp_path / "short.mp4")
     footage = look(path, VideoInfo(25.0, 80, 48, 64), [(5, 20), (24, 70)])
     assert footage.end == 30 and footage.numbers.tolist() == list(range(2, 30))
+    assert footage.fault == "it ends there, though its header says 80 frames"
 
 
-@pytest.mark.parametrize("name", ["VID07", "video07", "cholec07", "cholec_007", "videos/video07_0046_part1"])
-def test_names_of_one_operation_are_one_source(name: str) -> None:
-    assert source_name(name) == "cholec07"
+def test_a_damaged_video_is_seen_to_its_damage(data_dir: Path, tmp_path: Path) -> None:
+    data = bytearray((data_dir / "bikes.mp4").read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 4000] = bytes(4000)
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(data)
+    footage = seen(path)
+    assert footage.end == len(footage.numbers) == 120 and footage.cuts == (30, 76)
+    assert footage.fault.startswith("it is damaged (")
+    assert read_video(path, num_frames=120, size=(32, 32)).shape[0] == 120
+    # What lies before the damage is none the worse for it.
+    assert look(path, video_info(path), [(0, 100)]).fault == ""
 
 
-@pytest.mark.parametrize(
-    "name", ["video7", "video2023", "cholecystectomy07", "endo07", "sub/VID", "video07b"]
-)
-def test_other_names_stay(name: str) -> None:
-    assert source_name(name) == name
+def timed_video(path: Path, pts: list[int]) -> Path:
+    """A picture at each of these milliseconds."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, width=64, height=48, pix_fmt="yuv420p")
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for level, at in enumerate(pts):
+            picture = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 60 + level, np.uint8), format="rgb24")
+            picture.pts, picture.time_base = at, Fraction(1, 1000)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
+
+
+def test_a_video_without_a_constant_rate_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    # 2 s at 25 frames a second, then 2 s at 12.5.
+    times = [40 * n for n in range(50)] + [2000 + 80 * n for n in range(25)]
+    path = timed_video(tmp_path / "phone.mp4", times)
+    with pytest.raises(WanmoeError) as caught:
+        seen(path)
+    said = str(caught.value)
+    assert said.startswith(
+        f"{path}: its frames do not come at a constant rate: frame 50 is shown at 2.00 s, 0."
+    )
+    assert "rewrite it: ffmpeg -i phone.mp4 -fps_mode cfr -r 19 " in said and "\n" not in said
+
+
+@pytest.mark.parametrize("name", ["jitter.mp4", "jitter.mkv"])
+def test_a_late_start_and_rounded_times_are_no_change_of_rate(tmp_path: Path, name: str) -> None:
+    times = [500 + 40 * n + (0, 3, -3)[n % 3] for n in range(60)]
+    assert seen(timed_video(tmp_path / name, times)).end == 60
+
+
+def test_no_real_video_is_refused_for_its_rate(data_dir: Path) -> None:
+    for path in sorted(data_dir.glob("gestures/*.mkv"))[::3]:  # times in whole milliseconds
+        assert len(seen(path).numbers) == video_info(path).frames
+
+
+def test_every_decoded_frame_is_told(data_dir: Path) -> None:
+    told: list[int] = []
+    path = data_dir / "bikes.mp4"
+    look(path, video_info(path), [(40, 50)], lambda: told.append(1))
+    assert len(told) == 53  # from the first, to three after the span
 
 
 def segment(video: str) -> Segment:
@@ -179,7 +228,7 @@ def test_a_video_is_found_by_name_then_by_another_spelling(tmp_path: Path) -> No
     assert files.find(segment("endo")) == tmp_path / "b/Endo.mp4"
     with pytest.raises(WanmoeError, match=rf"^labels.txt:3: .*'video09' in {tmp_path}"):
         files.find(segment("video09"))
-    with pytest.raises(WanmoeError, match="'video07' in the 1 videos given"):
+    with pytest.raises(WanmoeError, match=r"'video07' in the videos given \(1\)"):
         VideoFiles({"x": tmp_path / "a/video07.mp4"}).find(segment("video07"))
     (tmp_path / "b/VID07.mp4").touch()
     files = VideoFiles([tmp_path / "a", tmp_path / "b"])

@@ -1,6 +1,7 @@
 """What `prepare` will encode: labels, windows of several lengths, and the size that is nearest in shape."""
 
 import json
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ from wanmoe.moe_lora.instruments import CHOLEC, SURGICAL, ExpertSet
 from wanmoe.moe_lora.video import VideoInfo
 from wanmoe.train.data.clip_list import read_clip_list
 from wanmoe.train.data.clips import Clip
-from wanmoe.train.data.plan import Plan, Settings, Source, label, make_plan, nearest_size, recipe
+from wanmoe.train.data.plan import Plan, Settings, Source, label, make_plan, nearest_size, recipe, sample_key
 
 EXPERTS = ExpertSet(SURGICAL)
 VIDEO = Path("videos/v.mp4")
@@ -162,3 +163,45 @@ def test_the_recipe_changes_with_all_that_decides_a_sample_and_with_no_path() ->
 def test_settings_that_cannot_be_are_named(wrong: dict[str, Any], cause: str) -> None:
     with pytest.raises(WanmoeError, match=cause):
         Settings(**({"sizes": ((32, 48),), "frames": (9,)} | wrong))
+
+
+def test_clips_of_one_recording_are_on_one_side_of_the_split() -> None:
+    names = [f"cholec{video:02d}_{clip:04d}_part{clip % 2}" for video in (2, 7, 14) for clip in range(40, 48)]
+    clips = [Clip(Path(f"clips/{name}.mp4"), "the hook", id=name, source=name, origin=name) for name in names]
+    info = VideoInfo(25.0, 20, 96, 128)
+    files = {clip.video_path: Source(clip.id, info) for clip in clips}
+    plan = make_plan(clips, EXPERTS, files, Settings(sizes=((32, 48),), frames=(9,)))
+    sides = {
+        split: {piece.clip.source for piece in plan.pieces if piece.clip.split == split}
+        for split in ("train", "val")
+    }
+    assert len(sides["train"]) == 2 and len(sides["val"]) == 1 and not sides["train"] & sides["val"]
+    assert sides["train"] | sides["val"] == {"cholec02", "cholec07", "cholec14"}
+
+
+def test_two_samples_of_one_key_are_an_error_that_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = replace(CLIP, caption="another hook", origin="clips.jsonl:2")
+    monkeypatch.setattr("wanmoe.train.data.plan._digest", lambda content: "0" * 64)
+    with pytest.raises(WanmoeError, match=r"clips\.jsonl:1 and clips\.jsonl:2: different samples"):
+        planned(replace(CLIP, num_frames=9), replace(other, num_frames=9))
+    same = planned(replace(CLIP, num_frames=9), replace(CLIP, num_frames=9, origin="clips.jsonl:2"))
+    assert same.dropped == {"the same window and caption twice": 1}
+
+
+def test_a_key_fits_a_shard_whatever_the_names() -> None:
+    key = sample_key("s" * 99, "clip name " * 9, 123456, "content")
+    assert len(key) <= 70 and re.fullmatch(r"s{22}_[\w-]{22}-w123456_[0-9a-f]{16}", key)
+
+
+def test_windows_that_are_cut_already_stay_and_the_settings_that_differ_are_told() -> None:
+    window = replace(CLIP, frames=17, fps=16.0)
+    plan = planned(window, replace(window, start_frame=30), CLIP, lengths=(9,), fps=16.0, val_fraction=0.0)
+    assert plan.notes == [
+        "2 clips are windows of 17 frames at 16 fps already and stay so, whatever --frames, --fps and "
+        "--stride say"
+    ]
+    assert len(plan.pieces[0].window.indices) == 17
+    assert planned(window, lengths=(9, 17), fps=16.0, val_fraction=0.0).notes == []
+    for differs in ({"fps": 16.0, "window_stride": 4}, {"fps": 12.0}):
+        (note,) = planned(window, lengths=(17,), val_fraction=0.0, **differs).notes
+        assert note.startswith("1 clips are windows of 17 frames at 16 fps")

@@ -1,6 +1,7 @@
 """Annotations in a window: tips and boxes in its pixels, and the region on the grid of its latent."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from wanmoe.moe_lora.video import Fit, read_video
 from wanmoe.train.data.clip_list import read_clip_list
 from wanmoe.train.data.clips import GIVEN, INTERPOLATED, Box, Clip, Polygon, Tip
 from wanmoe.train.data.flow import ClipFlow, clip_flow
-from wanmoe.train.data.region import Marks, latent_region, pool, read_masks, window_marks
+from wanmoe.train.data.region import Marks, Mask, MaskReader, latent_region, pool, window_marks
 from wanmoe.train.synth import synth_clips
 
 SAME = Fit.cover((64, 96), (64, 96))
@@ -24,6 +25,10 @@ SAME = Fit.cover((64, 96), (64, 96))
 
 def clip(**known: Any) -> Clip:
     return Clip(video_path=Path("v"), caption="", id="", source="", origin="clips.jsonl:1", **known)
+
+
+def read_masks(known: Clip, height: int, width: int) -> Mapping[int, Mask] | None:
+    return MaskReader()(known, height, width)
 
 
 def still(frames: int, x: float = 0.0) -> ClipFlow:
@@ -221,3 +226,28 @@ def test_one_mask_a_second_and_the_flow_give_nearly_the_true_region(tmp_path: Pa
         assert truth is not None and found is not None
         shares.append(float(((truth & found) > 0).sum() / ((truth | found) > 0).sum()))
     assert np.mean(shares) > 0.8
+
+
+def test_what_clips_share_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording has a line for each of its windows, and one folder of masks for all of them."""
+    (tmp_path / "masks").mkdir()
+    frames = list(range(0, 300, 7))
+    for frame in frames:
+        cv2.imwrite(str(tmp_path / "masks" / f"{frame}.png"), np.full((64, 96), frame % 2, np.uint8))
+    cv2.imwrite(str(tmp_path / "stack.png"), np.zeros((9 * 64, 96), np.uint8))
+    listed: list[Path] = []
+    decoded: list[str] = []
+    glob, imdecode = Path.glob, cv2.imdecode
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: (listed.append(path), glob(path, pattern))[1])
+    monkeypatch.setattr(cv2, "imdecode", lambda *given: (decoded.append(""), imdecode(*given))[1])
+    read = MaskReader()
+    for number in range(5):
+        known = replace(clip(masks=tmp_path / "masks"), origin=f"clips.jsonl:{number}")
+        masks = read(known, 64, 96)
+        assert masks is not None and list(masks) == frames
+    assert listed == [tmp_path / "masks"] and not decoded
+    assert masks is not None and masks[7].all() and not masks[14].any() and len(decoded) == 2
+    for number in range(5):
+        stack = read(clip(masks=tmp_path / "stack.png", masks_from=number), 64, 96)
+        assert stack is not None and list(stack) == list(range(number, number + 9))
+    assert len(decoded) == 3

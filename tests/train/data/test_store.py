@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from wanmoe.moe_lora.errors import WanmoeError
+from wanmoe.train.data import store
 from wanmoe.train.data.shard_writer import ShardWriter
 from wanmoe.train.data.shards import Sample, ShardDataset, ShardError
 from wanmoe.train.data.store import LocalStore, RemoteStore, open_store
@@ -32,9 +33,35 @@ class Ranges(SimpleHTTPRequestHandler):
     """The status that every request of a file gets, by its name."""
     served: ClassVar[list[tuple[str, str]]] = []
     """Name and range of each file that was read."""
+    hiccups: ClassVar[dict[str, list[int]]] = {}
+    """What the next requests of a file get, by its name: a status, or 0 for an answer that breaks off."""
+    silent: ClassVar[set[str]] = set()
+    """Files of which the server says nothing until the test ends."""
+    over: ClassVar[threading.Event] = threading.Event()
+
+    def do_HEAD(self) -> None:
+        if not self.hiccup(Path(self.path).name):
+            super().do_HEAD()
+
+    def hiccup(self, name: str) -> bool:
+        if not self.hiccups.get(name):
+            return False
+        if status := self.hiccups[name].pop(0):
+            self.send_error(status)
+        else:
+            self.send_response(206)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+        self.close_connection = True
+        return True
 
     def do_GET(self) -> None:
         name = Path(self.path).name
+        if self.hiccup(name):
+            return None
+        if name in self.silent:
+            self.over.wait(30)
+            return None
         path, wanted = Path(self.translate_path(self.path)), self.headers.get("Range")
         if name in self.broken:
             return self.send_error(self.broken[name])
@@ -75,15 +102,25 @@ def serve(folder: Path, kind: type[SimpleHTTPRequestHandler]) -> Iterator[str]:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}/{folder.name}"
+        Ranges.over.set()
         server.shutdown()
         thread.join()
 
 
 @pytest.fixture
 def http(folder: Path) -> Iterator[str]:
-    Ranges.broken.clear()
-    Ranges.served.clear()
+    for state in (Ranges.broken, Ranges.served, Ranges.hiccups, Ranges.silent):
+        state.clear()
+    Ranges.over.clear()
     yield from serve(folder, Ranges)
+
+
+@pytest.fixture(autouse=True)
+def paused(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long each pause before a new try would have been."""
+    pauses: list[float] = []
+    monkeypatch.setattr(RemoteStore, "pause", staticmethod(pauses.append))
+    return pauses
 
 
 @pytest.fixture
@@ -134,18 +171,18 @@ def test_a_stream_asks_for_a_shard_at_a_time(http: str) -> None:
 def test_a_store_reads_pieces(folder: Path, url: str) -> None:
     name = "train-1x3x5-000000.tar"
     data = (folder / name).read_bytes()
-    for store in (open_store(folder), open_store(url)):
-        assert store.size(name) == len(data) and store.read(name) == data
-        assert store.read(name, 100, 50) == data[100:150] and store.read(name, 100) == data[100:]
-        assert store.read(name, len(data) - 5, 10) == data[-5:]
-        assert store.read(name, len(data), 10) == store.read(name, 0, 0) == b""
-        assert store.path(name).endswith(f"/shards/{name}")
+    for opened in (open_store(folder), open_store(url)):
+        assert opened.size(name) == len(data) and opened.read(name) == data
+        assert opened.read(name, 100, 50) == data[100:150] and opened.read(name, 100) == data[100:]
+        assert opened.read(name, len(data) - 5, 10) == data[-5:]
+        assert opened.read(name, len(data), 10) == opened.read(name, 0, 0) == b""
+        assert opened.path(name).endswith(f"/shards/{name}")
         for outside in ("../secret", "/etc/passwd", "a/b", "..", "", "a\\b", "pipe:touch /x"):
             with pytest.raises(OSError, match="no name of a file in this folder"):
-                store.read(outside)
+                opened.read(outside)
             with pytest.raises(OSError):
-                store.size(outside)
-        for act in (store.read, store.size):
+                opened.size(outside)
+        for act in (opened.read, opened.size):
             with pytest.raises(OSError):
                 act("missing.tar")
 
@@ -177,14 +214,18 @@ def test_a_shard_that_is_cut_or_missing_behind_a_url_is_named(folder: Path, url:
 
 
 @pytest.mark.parametrize("status", [403, 500, 503])
-def test_an_answer_of_the_server_that_is_no_data_is_an_error_of_the_sample(http: str, status: int) -> None:
+def test_an_answer_of_the_server_that_is_no_data_is_an_error_of_the_sample(
+    http: str, status: int, paused: list[float]
+) -> None:
     stream, by_offset = ShardStream(http, seed=0), ShardDataset(http)
     Ranges.broken["train-1x3x5-000002.tar"] = status
     found = list(islice(stream.samples(SIZE, 0, 1), 7))
     (error,) = [one for one in found if isinstance(one, ShardError)]
     assert error.key == "k6" and str(status) in str(error) and "\n" not in str(error)
+    paused.clear()
     with pytest.raises(ShardError, match=str(status)):
         by_offset[6]
+    assert paused == ([] if status == 403 else [0.5, 2.0, 8.0])
     Ranges.broken["manifest.json"] = status
     with pytest.raises(ShardError, match=str(status)):
         ShardStream(http, seed=0)
@@ -195,6 +236,55 @@ def test_a_server_that_is_gone_is_one_line(http: str, folder: Path) -> None:
     with pytest.raises(ShardError, match="manifest.json: cannot be read") as caught:
         ShardStream(address, seed=0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("hiccups", [[503], [0], [429, 0, 500]])
+def test_a_hiccup_of_the_server_costs_a_pause_and_no_sample(
+    folder: Path, http: str, paused: list[float], caplog: pytest.LogCaptureFixture, hiccups: list[int]
+) -> None:
+    name = "train-1x3x5-000000.tar"
+    by_offset, stream = ShardDataset(http), ShardStream(http, seed=0)
+    for read in (lambda: [by_offset[0]], lambda: list(islice(stream.samples(SIZE, 0, 1), 7))):
+        Ranges.hiccups[name] = list(hiccups)
+        caplog.clear()
+        paused.clear()
+        assert all(isinstance(one, Sample) for one in read())
+        assert paused == [0.5, 2.0, 8.0][: len(hiccups)] and len(caplog.messages) == len(hiccups)
+        assert all(f"/{name}: " in line and "try again" in line for line in caplog.messages)
+
+
+def test_a_hiccup_costs_no_size_of_a_file(folder: Path, http: str, paused: list[float]) -> None:
+    name, remote = "train-1x3x5-000000.tar", RemoteStore(http)
+    Ranges.hiccups[name] = [503] * 6  # each try asks by HEAD, then by GET
+    assert remote.size(name) == (folder / name).stat().st_size and paused == [0.5, 2.0, 8.0]
+    Ranges.hiccups[name] = [503] * 8
+    with pytest.raises(OSError, match="503"):
+        remote.size(name)
+
+
+def test_what_a_new_try_cannot_mend_is_not_tried_again(http: str, paused: list[float]) -> None:
+    remote = RemoteStore(http)
+    for name, status in (("gone.tar", 404), ("secret.tar", 403), ("private.tar", 401)):
+        Ranges.hiccups[name] = [status] * 2
+        for act in (remote.read, remote.size):
+            with pytest.raises(OSError, match=name if status == 404 else str(status)):
+                act(name)
+            Ranges.hiccups[name] = [status] * 2
+    with pytest.raises(OSError, match="no name of a file"):
+        remote.read("../secret")
+    assert paused == []
+
+
+@pytest.mark.parametrize("limit", ["sock_read", "total"])
+def test_a_server_that_falls_silent_is_an_error_in_time(
+    http: str, limit: str, paused: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(store.TIME_LIMITS, limit, 0.05)
+    Ranges.silent.add("index.jsonl")
+    remote = RemoteStore(http)
+    with pytest.raises(OSError, match="[Tt]ime"):
+        remote.read("index.jsonl")
+    assert paused == [0.5, 2.0, 8.0]
 
 
 def test_a_server_without_byte_ranges_is_named(http_without_ranges: str) -> None:
@@ -235,17 +325,27 @@ def test_a_url_that_nothing_opens_is_one_line(monkeypatch: pytest.MonkeyPatch, u
     assert "\n" not in str(caught.value) and url in str(caught.value)
 
 
-def test_errors_of_the_library_for_s3_are_os_errors(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mark", ["?token=very-secret", "#very-secret"])
+def test_a_url_with_a_query_is_one_line_without_what_it_holds(mark: str) -> None:
+    with pytest.raises(WanmoeError, match="https://host/shards: a root takes no query") as caught:
+        open_store(f"https://host/shards{mark}")
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_errors_of_the_library_for_s3_are_os_errors(
+    memory: str, monkeypatch: pytest.MonkeyPatch, paused: list[float]
+) -> None:
     class BotoCoreError(Exception):  # as in botocore.exceptions, which s3fs lets through without credentials
         pass
 
     def cat_file(*_: Any, **__: Any) -> bytes:
         raise BotoCoreError("Unable to locate credentials")
 
-    store = RemoteStore(memory)
+    remote = RemoteStore(memory)
     monkeypatch.setitem(
         sys.modules, "botocore.exceptions", type("module", (), {"BotoCoreError": BotoCoreError})
     )
-    monkeypatch.setattr(store._system, "cat_file", cat_file)
+    monkeypatch.setattr(remote._system, "cat_file", cat_file)
     with pytest.raises(OSError, match="BotoCoreError: Unable to locate credentials"):
-        store.read("manifest.json")
+        remote.read("manifest.json")
+    assert paused == []  # that library makes its own tries

@@ -1,7 +1,7 @@
 """The forms of annotations: which one a file has, and the reader for it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from .events import read_events
 from .instance_seg import read_instance_seg
 from .reading import read_json, read_text
 from .runs import MAX_SECONDS
-from .times import holds_times, read_times
+from .times import check_times, holds_times, read_times
 
 # Form -> the files of a folder that have it. Of Cholec80 those of the tools: the reader finds the phases.
 _PATTERNS = {
@@ -33,24 +33,27 @@ def read_annotations(
     form: str = "auto",
     video: str | None = None,
     *,
-    minutes: str = "auto",
+    times: str = "auto",
     max_seconds: float = MAX_SECONDS,
+    forms: Mapping[Path, str | None] | None = None,
 ) -> list[Segment]:
     """The segments of a file of annotations, or of all in a folder and its subfolders.
 
     Args:
         form: one of `FORMS`, or "auto": told from what the files hold.
         video: the name of the video, where the file's own name, or what the file says, is not it.
-        minutes: what numbers with a point mean in a file of times, see `read_times`.
+        times: what numbers with a point mean in a file of times, see `read_times`.
         max_seconds: runs of labelled frames (the cholec forms and instance-seg) are cut to this length.
+        forms: what `detect_all` said of the folder, where that is known already.
 
     Raises WanmoeError that names the file, the place in it and what was expected.
     """
     path = Path(path)
     if form != "auto" and form not in FORMS:
         raise WanmoeError(f"--format is {form!r}, but must be auto or one of {', '.join(FORMS)}")
-    form, files = _files(path, form)
-    segments = _read(form, files, minutes, max_seconds)
+    check_times(times)
+    form, files = _files(path, form, forms)
+    segments = _read(form, files, times, max_seconds)
     if not segments:
         raise WanmoeError(f"{path}: no annotated stretch in it (read as {form}; --format sets another form)")
     if video is None:
@@ -65,11 +68,11 @@ def read_annotations(
     return [replace(segment, video=video) for segment in segments]
 
 
-def _read(form: str, files: list[Path], minutes: str, max_seconds: float) -> list[Segment]:
+def _read(form: str, files: list[Path], times: str, max_seconds: float) -> list[Segment]:
     if form == "instance-seg":
         return read_instance_seg(files, max_seconds)
     readers: dict[str, Callable[[Path], list[Segment]]] = {
-        "times": lambda file: read_times(file, minutes),
+        "times": lambda file: read_times(file, times),
         "events": read_events,
         "cholect50": lambda file: read_cholect50(file, max_seconds),
         "cholec80": lambda file: read_cholec80(file, max_seconds),
@@ -78,22 +81,22 @@ def _read(form: str, files: list[Path], minutes: str, max_seconds: float) -> lis
     return [segment for file in files for segment in readers[form](file)]
 
 
-def _files(path: Path, form: str) -> tuple[str, list[Path]]:
+def _files(path: Path, form: str, forms: Mapping[Path, str | None] | None) -> tuple[str, list[Path]]:
     """The form, told where it is "auto", and the files to read."""
     if path.is_file():
         return (_told(path) if form == "auto" else form), [path]
     if not path.is_dir():
         raise WanmoeError(f"{path}: no such file or folder of annotations")
     if form == "auto":
-        found = {file: detect(file) for file in _candidates(path, "*")}
-        forms = sorted({known for known in found.values() if known is not None})
-        if len(forms) != 1:
-            what = f"annotations of several forms ({', '.join(forms)})" if forms else "no annotations"
+        found = detect_all(path) if forms is None else forms
+        several = sorted({known for known in found.values() if known is not None})
+        if len(several) != 1:
+            what = f"annotations of several forms ({', '.join(several)})" if several else "no annotations"
             raise WanmoeError(
                 f"{path}: {what} in this folder ({len(found)} files of {' and '.join(_SUFFIXES)}); "
                 f"name the form with --format ({', '.join(FORMS)}) or give one file"
             )
-        form = forms[0]
+        form = several[0]
         # A file named unlike its form is read too, such as events in a .txt; Cholec80's phases are no such.
         files = [file for file, known in found.items() if known == form]
         return form, [file for file in files if form != "cholec80" or file.match(_PATTERNS[form])]
@@ -119,6 +122,11 @@ def _told(path: Path) -> str:
             "or see the forms in the guide"
         )
     return form
+
+
+def detect_all(folder: Path) -> dict[Path, str | None]:
+    """`detect` of every text and JSON file in a folder and its subfolders."""
+    return {file: detect(file) for file in _candidates(folder, "*")}
 
 
 def detect(path: Path) -> str | None:

@@ -5,7 +5,7 @@
     state action 1'54 - 5'32         `state`, `reason` and `constant` in front are no part of the action
     parent                           indented lines under a line are its parts: the line itself is skipped
         part 1'54 5'32
-    action<tab>0.32-0.34<tab>1.05-1.12     minutes with a point: decimal, or minutes and seconds
+    action<tab>0.32-0.34<tab>1.05-1.12     with a point: decimal minutes, minutes and seconds, or seconds
     action 114 332                   numbers without a point, or with an s: seconds
 
 And the file beside a clip: the caption, then `Duration: 98.0s` and `Time range: 114s - 212s`.
@@ -22,7 +22,7 @@ from ..segment import Segment
 from .reading import read_text, shown, video_name
 
 SINGLE = 2.0  # seconds of what is marked by one time alone
-MINUTES = ("auto", "decimal", "mm.ss", "seconds")
+READINGS = ("auto", "decimal", "mm.ss", "seconds")
 _LONGEST_LINE = 2000  # characters; a longer one is no list of actions, and searching it would take long
 _TAB = 4  # columns of a tab at the start of a line
 
@@ -57,18 +57,17 @@ class _Line(NamedTuple):
     """As written: (start, end), end None for a single time."""
 
 
-def read_times(path: Path, minutes: str = "auto") -> list[Segment]:
+def read_times(path: Path, times: str = "auto") -> list[Segment]:
     """The segments of a text file of actions and times, or of the text file beside a clip.
 
     Args:
-        minutes: what a number with a point means: "decimal" minutes (1.50 is 1 min 30 s), "mm.ss" (1.50 is
+        times: what a number with a point means: "decimal" minutes (1.50 is 1 min 30 s), "mm.ss" (1.50 is
             1 min 50 s), "seconds", or "auto": decimal where the file has a fraction that cannot be seconds
-            (.60 and more, or more than two digits), else mm.ss; which one is logged once per file.
+            (.60 and more, or more than two digits), which is logged; else it must be said.
 
     Raises WanmoeError that names file and line, the value, and the form that is expected.
     """
-    if minutes not in MINUTES:
-        raise WanmoeError(f"minutes is {minutes!r}, but must be one of {', '.join(MINUTES)}")
+    check_times(times)
     rows = [
         (f"{path}:{count}", row) for count, row in enumerate(read_text(path).split("\n"), 1) if row.strip()
     ]
@@ -80,8 +79,14 @@ def read_times(path: Path, minutes: str = "auto") -> list[Segment]:
     # A line with indented lines under it is their sum: only those are what is seen.
     following = [line.indent for line in lines[1:]] + [0]
     leaves = [line for line, indent in zip(lines, following, strict=True) if indent <= line.indent]
-    unit = _unit(leaves, minutes, path)
+    unit = _unit(leaves, times, path)
     return [segment for line in leaves for segment in _segments(line, unit, video_name(path))]
+
+
+def check_times(times: str) -> None:
+    """Raises WanmoeError where `times` is none of `READINGS`."""
+    if times not in READINGS:
+        raise WanmoeError(f"--times is {times!r}, but must be one of {', '.join(READINGS)}")
 
 
 def holds_times(text: str) -> bool:
@@ -177,22 +182,36 @@ def _may_be_seconds(time: str) -> bool:
     return len(fraction.rstrip("0")) <= 2 and int(fraction.ljust(2, "0")[:2]) < 60
 
 
-def _unit(lines: list[_Line], minutes: str, path: Path) -> str:
+def _unit(lines: list[_Line], times: str, path: Path) -> str:
     """What bare numbers of the file mean: "decimal", "mm.ss" or "seconds"."""
+    if times != "auto":
+        return times
     bare = re.compile(r"\d+(\.\d+)?")
-    times = [time for line in lines for span in line.spans for time in span if time and bare.fullmatch(time)]
-    if minutes != "auto" or not any("." in time for time in times):
-        return minutes if minutes != "auto" else "seconds"
-    unlike = next((time for time in times if not _may_be_seconds(time)), None)
-    if unlike:
-        _log.info("%s: times are read as decimal minutes, since %s cannot be minutes.seconds", path, unlike)
-        return "decimal"
+    known = [
+        (line.where, time)
+        for line in lines
+        for span in line.spans
+        for time in span
+        if time and bare.fullmatch(time)
+    ]
+    pointed = next(((where, time) for where, time in known if "." in time), None)
+    if pointed is None:
+        return "seconds"
+    unlike = next((time for _, time in known if not _may_be_seconds(time)), None)
+    if unlike is None:
+        where, time = pointed
+        means = [f"{_seconds(time, unit, where):g} s" for unit in ("decimal", "mm.ss", "seconds")]
+        raise WanmoeError(
+            f"{where}: the time {time} may be decimal minutes ({means[0]}), minutes.seconds ({means[1]}) or "
+            f"seconds ({means[2]}); say which with --times decimal, mm.ss or seconds"
+        )
     _log.warning(
-        "%s: times such as %s are read as minutes.seconds; where they are decimal minutes or seconds, say so",
+        "%s: times are read as decimal minutes, since %s cannot be minutes.seconds; where they are seconds, "
+        "say --times seconds",
         path,
-        next(time for time in times if "." in time),
+        unlike,
     )
-    return "mm.ss"
+    return "decimal"
 
 
 def _side_segment(rows: list[tuple[str, str]], path: Path) -> Segment:

@@ -28,7 +28,7 @@ LABELME = {"version": "1.0.0", "shapes": [SHAPE], "imageHeight": 480, "imageWidt
 EVENTS = [{"type": "instant", "text": "夹闭", "time_s": 3, "tools_in": ["钛夹钳"]}]
 TOOL_TABLE = "Frame\tGrasper\tHook\n0\t1\t0\n25\t0\t1\n"
 PHASE_TABLE = "Frame\tPhase\n0\tPreparation\n25\tPreparation\n"
-TIMES = "剪刀剪断 1'54 5'32\n夹闭\t6.30-6.59\n"
+TIMES = "剪刀剪断 1'54 5'32\n夹闭\t6.30-6.75\n"
 
 FILES = {
     "times": ("VID02.txt", TIMES),
@@ -120,10 +120,12 @@ def test_a_folder_of_texts_beside_clips_is_one_video(tmp_path: Path) -> None:
 
 def test_what_is_passed_on_reaches_the_readers(tmp_path: Path) -> None:
     times = put(tmp_path, "a.txt", "cut\t1.30-2.30\n")
-    assert [one.start for one in read_annotations(times, minutes="decimal")] == [78]
+    assert [one.start for one in read_annotations(times, times="decimal")] == [78]
     frames = {str(second): [DISSECT] for second in range(10)}
     t50 = put(tmp_path, "b.json", json.dumps(CHOLECT50 | {"annotations": frames}))
     assert len(read_annotations(t50, max_seconds=5)) == 2
+    with pytest.raises(WanmoeError, match="--times is 'hours'"):
+        read_annotations(t50, times="hours")
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ def spans(segments: list[Segment]) -> list[tuple[str, float, float]]:
     return [(segment.caption, segment.start, segment.end) for segment in segments]
 
 
-def read(folder: Path, text: str, minutes: str = "auto") -> list[tuple[str, float, float]]:
-    return spans(read_times(written(folder, text), minutes))
+def read(folder: Path, text: str, times: str = "auto") -> list[tuple[str, float, float]]:
+    return spans(read_times(written(folder, text), times))
 
 
 def test_pairs_ranges_and_single_times_are_read(tmp_path: Path) -> None:
@@ -100,13 +100,26 @@ def test_a_parent_with_indented_parts_is_skipped_and_its_parts_are_read(tmp_path
     ]
 
 
-def test_a_table_in_minutes_and_seconds_is_told_and_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        (
+            "grasp\t0.32-0.34\t1.05-1.12\n",
+            1,
+            "0.32 may be decimal minutes (19.2 s), minutes.seconds (32 s) or",
+        ),
+        ("cut 10-11\ngrasp 12.5-18.0\n", 2, "(750 s), minutes.seconds (770 s) or seconds (12.5 s)"),
+        ("cut 1'02 1'05\ngrasp 3s 4s\nhold 2.0\n", 3, "2.0 may be"),
+    ],
+)
+def test_numbers_with_a_point_that_may_mean_several_things_are_never_guessed(
+    tmp_path: Path, text: str, line: int, said: str
 ) -> None:
-    text = "grasp\t0.32-0.34\t1.05-1.12\ncut\t12.5-13\n"
-    with caplog.at_level(logging.INFO):
-        assert read(tmp_path, text) == [("grasp", 32, 34), ("grasp", 65, 72), ("cut", 770, 780)]
-    assert len(caplog.records) == 1 and "minutes.seconds" in caplog.text and "0.32" in caplog.text
+    path = written(tmp_path, text)
+    with pytest.raises(WanmoeError) as caught:
+        read_times(path)
+    assert str(caught.value).startswith(f"{path}:{line}: ") and said in str(caught.value)
+    assert str(caught.value).endswith("say which with --times decimal, mm.ss or seconds")
 
 
 @pytest.mark.parametrize("odd", ["0.60", "0.75", "0.325"])
@@ -116,7 +129,7 @@ def test_a_fraction_that_cannot_be_seconds_makes_the_whole_file_decimal(
     with caplog.at_level(logging.INFO):
         got = read(tmp_path, f"grasp\t0.25-0.50\ncut\t0.30-{odd}\n")
     assert got == [("grasp", 15, 30), ("cut", 18, 60 * float(odd))]
-    assert len(caplog.records) == 1 and odd in caplog.text
+    assert len(caplog.records) == 1 and odd in caplog.text and "--times seconds" in caplog.text
 
 
 def test_what_a_point_means_can_be_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -125,6 +138,8 @@ def test_what_a_point_means_can_be_said(tmp_path: Path, caplog: pytest.LogCaptur
     assert read(tmp_path, text, "mm.ss") == [("grasp", 90, 170)]
     assert read(tmp_path, text, "seconds") == [("grasp", 1.3, 2.5)]
     assert not caplog.records
+    # Marks of a clock and an s say what they are, whatever is said of the numbers.
+    assert read(tmp_path, "a 1'30 2'00\nb 2.5s 4s", "decimal") == [("a", 90, 120), ("b", 2.5, 4)]
 
 
 @pytest.mark.parametrize("text", ["grasp 114 332", "grasp\t114-332", "grasp\t114\t332", "grasp: 114 - 332"])
@@ -168,8 +183,7 @@ def test_what_is_written_comes_back(tmp_path: Path, form: str, seed: int) -> Non
         joint = "\t" if tab else "  "
         lines.append(action + joint + joint.join(WRITERS[form](*one) for one in ranges))
         wanted += [(action, *one) for one in ranges]
-    minutes = form if form in ("mm.ss", "decimal") else "auto"
-    got = read(tmp_path, "\n".join(lines), minutes)
+    got = read(tmp_path, "\n".join(lines), form if tab else "auto")
     assert [caption for caption, _, _ in got] == [caption for caption, _, _ in wanted]
     for (_, *span), (_, *truth) in zip(got, wanted, strict=True):
         assert span == pytest.approx(truth, abs=0.002)
@@ -197,7 +211,7 @@ def test_a_fault_names_file_line_value_and_form(tmp_path: Path, text: str, line:
 
 
 @pytest.mark.parametrize(
-    ("text", "minutes", "said"),
+    ("text", "times", "said"),
     [
         ("", "auto", "empty"),
         ("a caption alone\nDuration: 98.0s\n", "auto", "Time range"),
@@ -205,9 +219,9 @@ def test_a_fault_names_file_line_value_and_form(tmp_path: Path, text: str, line:
         ("grasp\t0.32-0.75", "hours", "auto, decimal, mm.ss, seconds"),
     ],
 )
-def test_other_faults_are_named_too(tmp_path: Path, text: str, minutes: str, said: str) -> None:
+def test_other_faults_are_named_too(tmp_path: Path, text: str, times: str, said: str) -> None:
     with pytest.raises(WanmoeError, match=said):
-        read_times(written(tmp_path, text), minutes)
+        read_times(written(tmp_path, text), times)
 
 
 def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
