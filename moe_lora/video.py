@@ -83,12 +83,12 @@ class Fit(NamedTuple):
 
 def video_info(path: str | Path) -> VideoInfo:
     """Read size, rate and length of the first decodable video stream; errors as in `read_video`."""
-    with _open(path) as (container, stream):
+    with open_video(path) as (container, stream):
         picture = _upright(next(_frames(container, stream, path)))
         rate = _rate(stream, path)
         frames = stream.frames
     if not frames:  # mkv and webm do not store the length: count the packets, which decodes nothing
-        with _open(path) as (container, stream):
+        with open_video(path) as (container, stream):
             frames = sum(1 for packet in container.demux(stream) if packet.size)
     return VideoInfo(rate, frames, picture.shape[0], picture.shape[1])
 
@@ -112,7 +112,7 @@ def read_video(
     _check_range(start_frame, num_frames, fps)
     pictures: list[Picture] = []
     fit: Fit | None = None
-    with _open(path) as (container, stream):
+    with open_video(path) as (container, stream):
         ratio = _rate(stream, path) / fps if fps else 1.0
         for number, frame in enumerate(_frames(container, stream, path)):
             while num_frames is None or len(pictures) < num_frames:
@@ -149,7 +149,7 @@ def iter_windows(
     turn = 0
     fit: Fit | None = None
     number = -1
-    with _open(path) as (container, stream):
+    with open_video(path) as (container, stream):
         for number, frame in enumerate(_frames(container, stream, path)):
             if number in wanted:
                 picture = _upright(frame)
@@ -198,7 +198,7 @@ def write_video(
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The dictionary that `write_video` put into the file, or {} where the comment is not ours."""
-    with _open(path) as (container, _):
+    with open_video(path) as (container, _):
         comment = container.metadata.get("comment", "")
     try:
         values = json.loads(comment)
@@ -240,7 +240,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
 
 
 @contextmanager
-def _open(path: str | Path) -> Iterator[tuple["av.container.InputContainer", "av.VideoStream"]]:
+def open_video(path: str | Path) -> Iterator[tuple["av.container.InputContainer", "av.VideoStream"]]:
     path = Path(path)
     if not path.is_file():  # checked here, since FFmpeg would also take URLs and pipes
         raise WanmoeError(f"{path}: no such video file")

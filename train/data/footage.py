@@ -18,7 +18,7 @@ from scenedetect.detectors import AdaptiveDetector
 
 from ...moe_lora.errors import WanmoeError
 from ...moe_lora.files import remembered_sha256
-from ...moe_lora.video import VideoInfo, _open, video_info
+from ...moe_lora.video import VideoInfo, open_video, video_info
 from .clip_list import SUFFIXES
 from .segment import Segment
 from .sources import CHOLEC, recording
@@ -180,7 +180,7 @@ def _pictures(
     columns = max(_GRID, round(info.width * HEIGHT / info.height))
     scaler = VideoReformatter()  # one for all: setting up each frame's own takes longer than scaling
     first = 0.0
-    with _open(path) as (container, stream):
+    with open_video(path) as (container, stream):
         decoded = -1
         try:
             for decoded, frame in enumerate(container.decode(stream)):
