@@ -190,6 +190,7 @@ def stage_config(
             "shards": str(shards["background" if stage == "pretrain" else "clips"]),
             "batch": recipe.batch,
             "val_batch": 8,
+            "workers": 0,  # samples of kilobytes are read faster than they are handed over
         },
         "objective": {"t_range": [0.0, 1.0]},
         "optimizer": {"lr": recipe.lr[number], "schedule": "cosine"},

@@ -241,6 +241,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
 
 @contextmanager
 def open_video(path: str | Path) -> Iterator[tuple["av.container.InputContainer", "av.VideoStream"]]:
+    """A video file and its first stream of which a frame can be decoded; `WanmoeError` where it has none."""
     path = Path(path)
     if not path.is_file():  # checked here, since FFmpeg would also take URLs and pipes
         raise WanmoeError(f"{path}: no such video file")
