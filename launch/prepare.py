@@ -108,6 +108,9 @@ def prepare(
             task=task,
             ranks=team,
         )
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; what is encoded lies in {out}.work, and the same command goes on", err=True)
+        raise typer.Exit(130) from None
     except WanmoeError:
         if not team.rank:  # all ranks fail together, and one of them says why
             raise

@@ -125,7 +125,15 @@ def cut_segments(
     order = {path: number for number, path in enumerate(files.infos)}
     pieces.sort(key=lambda piece: (order[piece.clip.video_path], piece.clip.start_frame))
     report.clips = _named([piece.clip for piece in pieces], files.infos)
-    report.notes += notes
+    shown = {name for piece in pieces for name, _ in piece.instruments}
+    report.notes += [
+        *notes,
+        *(
+            f"no window is left that shows {name}: see what was dropped"
+            for name in dict.fromkeys(name for names in labels for name in names)
+            if name not in shown
+        ),
+    ]
     report.histogram = histogram(
         [
             {

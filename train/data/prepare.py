@@ -7,6 +7,7 @@ kill changes a byte of the shards.
 import datetime
 import hashlib
 import importlib.metadata
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...moe_lora.errors import WanmoeError
+from ...moe_lora.files import file_sha256
 from ...moe_lora.instruments import ExpertSet
 from ...moe_lora.video import VideoDamagedError, VideoEndError, iter_windows
 from ...moe_lora.wan.codec import Codec
@@ -48,8 +50,9 @@ from .plan import (
     summary,
 )
 from .shard_writer import ShardWriter
-from .shards import FORMAT, is_shard_file
+from .shards import FORMAT, ShardError, check_size, is_shard_file, read_manifest
 from .spool import Spool, text_name
+from .store import LocalStore
 
 __all__ = ["Instruments", "Ranks", "join_ranks", "label", "prepare"]
 
@@ -141,14 +144,21 @@ def prepare(
     if ranks.count > 1:
         samples = hashlib.sha256(repr(wanted["samples"]).encode()).hexdigest()
         agree({"clips": samples} | {part: made["fingerprint"] for part, made in encoders.made_by.items()})
+    made = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
     with Spool(out) as spool:
         job = _Job(plan, settings, spool, ranks, encoders, progress)
         ranks.together(lambda: None if ranks.rank else job.open(out, wanted))
+        former = ranks.gather([] if ranks.rank else [_former(out)])[0]
+        if former is not None and former.get("recipe") == made:
+            job.say(f"{out}: complete already, made of the same clips in the same way")
+            return {} if ranks.rank else former
+        if former is not None:
+            job.say(f"{out}: shards of other clips or settings, which the new ones will replace")
         finished = job.finished()
         ranks.together(lambda: job.encode(finished))
         if ranks.rank:
             return {}
-        manifest = job.write(out, experts)
+        manifest = job.write(out, experts, made)
     for line in summary(manifest, plan):
         job.say(line)
     return manifest
@@ -203,7 +213,7 @@ class _Job:
             self.spool.stop()
             raise
 
-    def write(self, out: str | Path, experts: ExpertSet) -> dict[str, Any]:
+    def write(self, out: str | Path, experts: ExpertSet, made: str) -> dict[str, Any]:
         """Write the shards from finished samples, in the order of the plan; returns the manifest."""
         context = lru_cache(64)(lambda caption: self.spool.get(text_name(caption))[0]["context"])
         made_by = (self.encoders.described(part) for part in ("codec", "text_encoder"))
@@ -226,6 +236,7 @@ class _Job:
                 "experts": list(experts.names),
                 "dropped": dict(sorted(self.plan.dropped.items())),
                 "notes": self.plan.notes,
+                "recipe": made,
             }
         return writer.manifest
 
@@ -261,6 +272,19 @@ class _Job:
     def _bar(self, items: Sequence[Piece] | None, title: str, **options: int) -> Any:
         hidden = not self.progress
         return tqdm(items, desc=title, unit=" samples", bar_format=BAR, disable=hidden, **options)
+
+
+def _former(out: str | Path) -> dict[str, Any] | None:
+    """The manifest of the shards at `out`; None where there are none, or one is not as it was written."""
+    store = LocalStore(Path(out))
+    try:
+        manifest, _ = read_manifest(store)
+        for shard in manifest["shards"]:
+            check_size(store, shard)
+    except ShardError:
+        return None
+    sound = (file_sha256(Path(out) / shard["name"]) == shard["sha256"] for shard in manifest["shards"])
+    return manifest if all(sound) else None
 
 
 def _sizes(size: Size | Sequence[Size]) -> tuple[Size, ...]:

@@ -150,3 +150,30 @@ def test_ranks_of_one_machine_share_its_cores(
     monkeypatch.setenv(variable, str(ranks))
     flow.clip_flow(torch.zeros(2, 32, 48, 3, dtype=torch.uint8))
     assert used == [threads]
+
+
+def test_what_is_complete_is_left_and_what_is_damaged_or_other_is_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoded: list[int] = []
+
+    class Counting(HaarCodec):
+        def encode(self, video: Tensor) -> Tensor:
+            encoded.append(len(video))
+            return super().encode(video)
+
+    clips = [clip(video(tmp_path / f"{name}.mp4", 9, seed)) for seed, name in enumerate("ab")]
+    out = tmp_path / "s"
+    first = run(clips, out, codec=Counting())
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    again = run(clips, out, codec=Counting(), progress=True)
+    assert again == {**first, "checksum": again["checksum"]} and len(encoded) == 2
+    assert "complete already" in capsys.readouterr().err
+    shard = next(out.glob("train-*.tar"))
+    data = bytearray(shard.read_bytes())
+    data[700] ^= 1
+    shard.write_bytes(data)
+    run(clips, out, codec=Counting())
+    assert len(encoded) == 4 and {path.name: path.read_bytes() for path in out.iterdir()} == before
+    run(clips[:1], out, codec=Counting(), progress=True)
+    assert "shards of other clips or settings" in capsys.readouterr().err and len(ShardDataset(out)) == 1

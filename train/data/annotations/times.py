@@ -45,6 +45,8 @@ _NUMBER_LINE = re.compile(rf"(?P<action>.*?\S)[\s:：]+(?P<times>{_list_of(_NUMB
 _PREFIX = re.compile(r"(?:state|reason|constant)[\s:：]+", re.IGNORECASE)
 _SIDE = re.compile(r"\s*(?P<key>duration|time range)\s*[:：]\s*(?P<value>.*?)\s*", re.IGNORECASE)
 _CLIP_NUMBER = re.compile(r"_\d+(_part\d+)?$")  # cholec02_0046_part1
+_COMMA = re.compile(rf"(?<![\d.]|{_MARK})\d+,\d+(?![\d.]|{_MARK})")
+_LEFT = re.compile(rf"\d{_MARK}\d{{1,2}}\s*$")  # at the end of an action: a time that was taken for a word
 _log = logging.getLogger(__name__)
 
 
@@ -119,6 +121,17 @@ def _line(where: str, row: str) -> _Line:
     else:
         found = _CLOCK_LINE.fullmatch(text) or _NUMBER_LINE.fullmatch(text)
         action, times = (found["action"], found["times"]) if found else (text, "")
+    if comma := _COMMA.search(times):
+        raise WanmoeError(
+            f"{where}: {shown(comma[0])} has a comma between digits; write 0.5 with a point, and two times "
+            "with a space"
+        )
+    left = _LEFT.search(action)
+    if times and left and not _TIMES.fullmatch(action):
+        raise WanmoeError(
+            f"{where}: {shown(left[0])} before {shown(times)} looks like a time of another spelling; write "
+            "all times of a line in one"
+        )
     prefix = _PREFIX.match(action)
     action = action[prefix.end() if prefix else 0 :].strip(" \t:：,，;；-")
     return _Line(where, indent, text, " ".join(action.split()), _spans(times, where))

@@ -239,3 +239,23 @@ def test_a_hostile_line_takes_no_long_time(tmp_path: Path, unit: str) -> None:
         with pytest.raises(WanmoeError):
             read_times(written(tmp_path, text))
     assert time.perf_counter() - start < 3
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ("hook 0'01 5", "before '5' looks like a time of another spelling"),
+        ("hook 0,5 4,5", "'0,5' has a comma between digits"),
+        ("hook 114,332", "'114,332' has a comma between digits"),
+    ],
+)
+def test_what_may_be_a_time_never_becomes_a_word(tmp_path: Path, line: str, cause: str) -> None:
+    (tmp_path / "v.txt").write_text(f"cut 0'00 0'04\n{line}\n", encoding="utf-8")
+    with pytest.raises(WanmoeError) as caught:
+        read_times(tmp_path / "v.txt")
+    assert "v.txt:2: " in str(caught.value) and cause in str(caught.value)
+
+
+def test_commas_between_clock_times_are_fine(tmp_path: Path) -> None:
+    (tmp_path / "v.txt").write_text("cut 0'00 0'04,0'05 0'08\n", encoding="utf-8")
+    assert [(one.start, one.end) for one in read_times(tmp_path / "v.txt")] == [(0, 4), (5, 8)]
