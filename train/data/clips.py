@@ -97,6 +97,12 @@ def instrument_names(clips: Iterable[Clip]) -> list[str]:
     return sorted({name for clip in clips for name, _ in clip.instruments or ()})
 
 
+def check_frames(frames: int) -> None:
+    """Raises `WanmoeError` where the model has no clips of so many frames."""
+    if frames < 1 or frames % 4 != 1:
+        raise WanmoeError(f"frames is {frames}, but a clip of the model has 4 n + 1 frames (17, 33, 81, ...)")
+
+
 def windows(
     clip: Clip, info: VideoInfo, *, frames: int, fps: float | None = None, stride: int | None = None
 ) -> list[Window]:
@@ -108,8 +114,7 @@ def windows(
     """
     if clip.frames is not None:
         frames, fps, stride = clip.frames, clip.fps, None
-    if frames < 1 or frames % 4 != 1:
-        raise WanmoeError(f"frames is {frames}, but a clip of the model has 4 n + 1 frames (17, 33, 81, ...)")
+    check_frames(frames)
     step = frames if stride is None else stride
     if step < 1 or (fps is not None and not fps > 0):
         raise WanmoeError(f"window stride {stride} and fps {fps} must be positive")

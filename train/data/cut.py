@@ -15,7 +15,7 @@ from ...moe_lora.errors import WanmoeError
 from ...moe_lora.instruments import ExpertSet
 from ...moe_lora.video import VideoInfo, frame_at
 from .captions import clean_caption, skip_reason, tools_of
-from .clips import Box, Clip, Polygon, Tip, window_span, windows
+from .clips import Box, Clip, Polygon, Tip, check_frames, window_span, windows
 from .footage import MARGIN, Footage, VideoFiles, Videos, copies, look
 from .plan import Instruments, label
 from .segment import Moment, Segment
@@ -390,10 +390,7 @@ def _named(clips: Sequence[Clip], infos: Mapping[Path, VideoInfo]) -> list[Clip]
 def _checked(frames: Sequence[int], fps: float, seconds: tuple[float, float]) -> list[int]:
     """The lengths of windows, longest first."""
     for size in frames:
-        if size < 1 or size % 4 != 1:
-            raise WanmoeError(
-                f"frames is {size}, but a clip of the model has 4 n + 1 frames (17, 33, 81, ...)"
-            )
+        check_frames(size)
     if not frames or not fps > 0:
         raise WanmoeError(
             f"frames {list(frames)} and fps {fps:g}: give at least one length and a positive rate"

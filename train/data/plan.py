@@ -16,7 +16,7 @@ from ...moe_lora.errors import WanmoeError
 from ...moe_lora.files import file_sha256, remembered_sha256
 from ...moe_lora.instruments import ExpertSet
 from ...moe_lora.video import Fit, VideoInfo, frame_at, video_info
-from .clips import Clip, Window, windows
+from .clips import Clip, Window, check_frames, windows
 from .shards import histogram_lines
 from .sources import clip_source
 from .splits import assign_splits
@@ -44,10 +44,7 @@ class Settings:
             if any(side < 16 or side % 16 for side in (height, width)):
                 raise WanmoeError(f"size is {height} x {width}; height and width are multiples of 16")
         for length in self.frames:
-            if length < 1 or length % 4 != 1:
-                raise WanmoeError(
-                    f"frames is {length}, but a clip of the model has 4 n + 1 frames (17, 33, 81, ...)"
-                )
+            check_frames(length)
         if not self.sizes or not self.frames:
             raise WanmoeError("prepare needs at least one size and one number of frames")
         if self.task not in ("t2v", "i2v"):

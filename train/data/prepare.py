@@ -148,8 +148,8 @@ def prepare(
     with Spool(out) as spool:
         job = _Job(plan, settings, spool, ranks, encoders, progress)
         ranks.together(lambda: None if ranks.rank else job.open(out, wanted))
-        former = ranks.gather([] if ranks.rank else [_former(out)])[0]
-        if former is not None and former.get("recipe") == made:
+        former, complete = ranks.gather([] if ranks.rank else [_former(out, made)])[0]
+        if former is not None and complete:
             job.say(f"{out}: complete already, made of the same clips in the same way")
             return {} if ranks.rank else former
         if former is not None:
@@ -274,17 +274,22 @@ class _Job:
         return tqdm(items, desc=title, unit=" samples", bar_format=BAR, disable=hidden, **options)
 
 
-def _former(out: str | Path) -> dict[str, Any] | None:
-    """The manifest of the shards at `out`; None where there are none, or one is not as it was written."""
+def _former(out: str | Path, made: str) -> tuple[dict[str, Any] | None, bool]:
+    """The manifest of the shards at `out` and whether they are those of the recipe `made`.
+
+    None where there are none, or one is not as it was written; those of another recipe are not read for it.
+    """
     store = LocalStore(Path(out))
     try:
         manifest, _ = read_manifest(store)
         for shard in manifest["shards"]:
             check_size(store, shard)
     except ShardError:
-        return None
+        return None, False
+    if manifest.get("recipe") != made:
+        return manifest, False
     sound = (file_sha256(Path(out) / shard["name"]) == shard["sha256"] for shard in manifest["shards"])
-    return manifest if all(sound) else None
+    return (manifest, True) if all(sound) else (None, False)
 
 
 def _sizes(size: Size | Sequence[Size]) -> tuple[Size, ...]:
