@@ -31,7 +31,7 @@ from .memory import Needs, needs
 from .request import Job, check_job, check_model, gates_picture, make_job
 from .route import Route, Wish, route
 from .side import Cast, Denoiser, Side
-from .timeline import EMA, draw_gates
+from .timeline import draw_gates
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +77,8 @@ class LoRAMoEInference:
         vae_tiling: encode and decode in tiles that overlap: less memory, a picture that differs a little.
         fold_timestep: of a fork file, as in `import_adapter`.
         prompts: what will be asked for, as `prepare` takes it; the text encoder is then read only once.
+        first_frame: classifier of the first latent frame [1, 16, 1, h, w] -> logits [1, K] on the device, for
+            the learned router of an i2v adapter that was trained to read them.
 
     Raises `WanmoeError` that names the file and what does not fit.
     """
@@ -104,6 +106,7 @@ class LoRAMoEInference:
         vae_tiling: bool = False,
         fold_timestep: bool = False,
         prompts: Sequence[str | None] = (),
+        first_frame: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         for name, alpha in (("alpha_base", alpha_base), ("alpha_expert", alpha_expert)):
             if not math.isfinite(alpha):
@@ -112,6 +115,7 @@ class LoRAMoEInference:
         self.alpha_base = alpha_base
         self.alpha_expert = alpha_expert
         self._merged = merged
+        self._first_frame = first_frame
         paths = {"low": Path(dit_path)}
         if dit_high_noise_path is not None:
             paths["high"] = Path(dit_high_noise_path)
@@ -179,7 +183,7 @@ class LoRAMoEInference:
         *,
         mix: Mapping[str, float] | None = None,
         schedule: str | None = None,
-        ema: float = EMA,
+        ema: float | None = None,
         last_image_path: PathLike | None = None,
         solver: str = "unipc",
         negative_prompt: str | None = None,
@@ -202,7 +206,7 @@ class LoRAMoEInference:
             schedule: `0:Hook, 40:Suction`: the expert, or `40:Hook=0.6+Suction=0.4`, from a frame of the
                 video on; goes before all others.
             ema: weight of the past in the moving average of a schedule's gates along the latent frames; 0
-                changes at once.
+                changes at once, None is the adapter's own.
             solver: unipc, dpm++ or euler (also called vanilla).
             negative_prompt: None is Wan's own, or "" where the text encoder is a stand-in.
             progress: called as (step, steps, side and experts in words) after every step.
@@ -229,11 +233,12 @@ class LoRAMoEInference:
         experts = {name: adapter.experts for name, adapter in self._adapters().items()}
         check_job(job, self.config, experts, self._merged)
         self._text.prepare([prompt, job.negative_prompt])
-        routes = self._routes(prompt, job.wish, job.frames)
+        pictures = self._pictures(job)
+        routes = self._routes(prompt, job.wish, job.frames, self._evidence(pictures[0]))
         cast = Cast(len(next(iter(experts.values()), ())))
         _log.info("seed %d", job.seed)
         start = time.perf_counter()
-        frames = self._run(job, routes, cast, progress)
+        frames = self._run(job, pictures, routes, cast, progress)
         _log.info("%d frames in %.1f s", job.frames, time.perf_counter() - start)
         if job.output is not None:
             write_video(job.output, frames, FPS, self._metadata(job, routes, cast))
@@ -248,14 +253,15 @@ class LoRAMoEInference:
     def _run(
         self,
         job: Job,
+        pictures: tuple[Tensor | None, Tensor | None],
         routes: Mapping[str, Route],
         cast: Cast,
         progress: Callable[[int, int, str], None] | None,
     ) -> Tensor:
-        """uint8 frames [F, H, W, 3] of a job."""
+        """uint8 frames [F, H, W, 3] of a job, whose pictures `_pictures` has encoded."""
         assert job.seed is not None
         shape = latent_shape(job.frames, *job.size)
-        image_latent, image_context = self._pictures(job)
+        image_latent, image_context = pictures
         noise = torch.randn(1, CHANNELS, *shape, generator=torch.Generator().manual_seed(job.seed))
         denoisers = self._denoisers(cast, routes, shape)
         context, null_context = ([self._text[p].to(self.device)] for p in (job.prompt, job.negative_prompt))
@@ -310,11 +316,20 @@ class LoRAMoEInference:
     def _adapters(self) -> dict[str, Adapter]:
         return {name: side.adapter for name, side in self.sides.items() if side.adapter is not None}
 
-    def _routes(self, prompt: str, wish: Wish, num_frames: int) -> dict[str, Route]:
+    def _routes(
+        self, prompt: str, wish: Wish, num_frames: int, evidence: Tensor | None = None
+    ) -> dict[str, Route]:
         return {
-            name: route(adapter, lambda: self._text[prompt], prompt, wish, num_frames)
+            name: route(adapter, lambda: self._text[prompt], prompt, wish, num_frames, evidence)
             for name, adapter in self._adapters().items()
         }
+
+    @torch.no_grad()
+    def _evidence(self, image_latent: Tensor | None) -> Tensor | None:
+        """Logits [K] of the classifier, where there is one, for the first frame of an image condition."""
+        if self._first_frame is None or image_latent is None:
+            return None
+        return self._first_frame(image_latent[:, -CHANNELS:, :1])[0].float().cpu()
 
     def _negative(self) -> str:
         return "" if self._text.stand_in else NEGATIVE_PROMPT
@@ -385,6 +400,7 @@ class LoRAMoEInference:
             for name, chosen in routes.items()
         }
         side = self.sides["low"]
+        own = {name: adapter.router_config.ema for name, adapter in self._adapters().items()}
         settings = {
             "num_steps": job.steps,
             "guidance_scale": job.guidance,
@@ -394,7 +410,7 @@ class LoRAMoEInference:
             "image": None if job.first is None else str(job.first),
             "last_image": None if job.last is None else str(job.last),
             "schedule": job.wish.schedule,
-            "ema": job.wish.ema,
+            "ema": own if job.wish.ema is None else job.wish.ema,
             "alpha_base": self.alpha_base,
             "alpha_expert": self.alpha_expert,
             "dtype": str(side.dit.head.head.weight.dtype).removeprefix("torch."),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..moe_lora.adapter import Adapter
+from ..moe_lora.errors import WanmoeError
 from ..moe_lora.routing import Gates
 from ..moe_lora.wan.dit import WanDiT
 from .timeline import GateRecord
@@ -30,6 +31,8 @@ class Side:
         merged: run with W + dW in the dtype of W instead of the adapter op; the gates of a call must then be
             the same for all of its tokens.
         compiled: run every block through `torch.compile`.
+
+    Raises WanmoeError for merged weights under a learned time gate, which changes the gates at every step.
     """
 
     def __init__(
@@ -48,6 +51,13 @@ class Side:
         self.adapter = adapter
         self.device = device
         self.merged = merged and adapter is not None
+        if adapter is not None and adapter.time_gate is not None:
+            if merged:
+                raise WanmoeError(
+                    f"merged weights hold one mix of experts, and the {name}-noise adapter has a learned "
+                    "time gate, which changes it at every step; leave merged (--merged) out"
+                )
+            adapter.time_gate.to(device)  # two numbers an expert: it never leaves
         self._host: list[Tensor] | None = None if resident else [t.data for t in self._tensors()]
         # Frozen weights of the adapted linears, in host memory, of which merging makes others.
         self._plain: dict[str, Tensor] = {}

@@ -18,14 +18,15 @@ from torch import Tensor
 from ..moe_lora.errors import WanmoeError
 from ..moe_lora.files import write_atomic
 from ..moe_lora.instruments import ExpertSet
-from ..moe_lora.routing import ema_over_frames
+from ..moe_lora.routing import RouterConfig, ema_over_frames
 from ..moe_lora.wan.codec import TIME_STRIDE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-EMA = 0.5
-"""How much of a latent frame's gates comes from those before it: a change takes about three of them."""
+EMA: float = RouterConfig().ema
+"""How much of a latent frame's gates comes from those before it, where neither request nor adapter says it: a
+change takes about three of them."""
 
 _WAY_OUT = "write it as '0:Hook, 40:Suction' or '0:Hook, 40:Hook=0.6+Suction=0.4'"
 _INK = "#333333"

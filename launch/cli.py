@@ -18,6 +18,7 @@ from .clips import clips
 from .convert import convert, inspect
 from .data import app as data_app
 from .generate import generate
+from .judges import train_classifier, train_detector
 from .options import Size
 from .prepare import PrepareCommand, prepare
 
@@ -34,6 +35,8 @@ app.command()(clips)
 app.command(cls=PrepareCommand)(prepare)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.command()(train_classifier)
+app.command()(train_detector)
 app.command()(generate)
 app.command()(convert)
 app.command()(inspect)

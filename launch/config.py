@@ -21,7 +21,10 @@ else:
     import tomli as tomllib
 
 # Paths in a config file are relative to the file, so that it can be run from anywhere.
-PATH_KEYS = ("model.dit", "model.adapter", "data.shards", "train.run", "launch.hostfile")
+PATH_KEYS = (
+    *("model.dit", "model.adapter", "data.shards", "train.run", "launch.hostfile"),
+    *("objective.classifier", "objective.vae", "objective.lpips"),
+)
 
 
 class LaunchConfig(Section):
@@ -97,7 +100,8 @@ def resolve_paths(tree: dict[str, Any], folder: Path) -> None:
     for dotted in PATH_KEYS:
         section, key = dotted.split(".")
         value = tree.get(section, {}).get(key) if isinstance(tree.get(section), dict) else None
-        if isinstance(value, str) and not is_url(value):
+        stand_in = dotted == "objective.vae" and value == "haar"
+        if isinstance(value, str) and not is_url(value) and not stand_in:
             tree[section][key] = str((folder / value).resolve())
 
 

@@ -234,16 +234,18 @@ def _check_targets(targets: list[Path], read: Iterable[Path | None]) -> None:
 
 
 def _gates(path: Path, instrument: str | None, mix: dict[str, float] | None) -> dict[str, float] | None:
-    """Weights of the experts, as the router of generate makes them of an instrument or a mix."""
+    """Weights of the experts as generate makes them of an instrument or a mix, where there is most noise."""
     from ..moe_lora.adapter_file import read_adapter_info
-    from ..moe_lora.routing import RuleRouter
+    from ..moe_lora.routing import RuleRouter, at_noise_level
 
-    experts = read_adapter_info(path).adapter.expert_set
+    info = read_adapter_info(path)
+    experts = info.adapter.expert_set
     if not instrument and not mix:
         typer.echo(f"{path}: base adapter alone, {len(experts)} experts left out")
         return None
-    gates = RuleRouter(experts).route(hint=instrument, mix=mix).tolist()
-    return {name: round(gate, 6) for name, gate in zip(experts.names, gates, strict=True) if gate}
+    gates = RuleRouter(experts).route(hint=instrument, mix=mix)
+    raised = at_noise_level(gates[None], torch.ones(1), info.router)[0].tolist()
+    return {name: round(gate, 6) for name, gate in zip(experts.names, raised, strict=True) if gate}
 
 
 def _export(path: Path, out: Path, to: Any, options: dict[str, Any]) -> None:

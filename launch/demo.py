@@ -32,6 +32,8 @@ from ..train.data.clip_list import clips_from_folder, read_clip_list
 from ..train.data.clips import Clip, instrument_names
 from ..train.data.prepare import label as label_of
 from ..train.data.prepare import prepare
+from ..train.data.router_prompts import router_prompts
+from ..train.data.shards import ROI
 from ..train.evaluate import evaluate_files, held_out_gates
 from ..train.synth import synth_clips
 from ..train.tracking import read_metrics
@@ -80,8 +82,11 @@ def run_demo(out: Path, clips: Path | None, ranks: int, seed: int, recipe: Recip
     start_afresh(out)
     say(f"demo in {out}: {ranks} ranks, seed {seed}")
     experts, shards = make_data(out, given, recipe, seed)
+    regions = all(ROI in row["parts"] for row in ShardDataset(shards["clips"], "train").rows)
+    if not regions:
+        say("the clips have no tips, boxes or masks: no loss looks at the instruments' region")
     for number, stage in enumerate(STAGES):
-        run_stage(stage_config(out, stage, number, experts, shards, ranks, seed, recipe), out)
+        run_stage(stage_config(out, stage, number, experts, shards, ranks, seed, recipe, regions), out)
     results = measure(out, experts, shards["clips"], recipe, seed)
     results.facts |= {
         "clips": f"your folder {clips}" if clips else "drawn by `wanmoe synth`",
@@ -140,7 +145,15 @@ def make_data(
     say("encoding background scenes")
     prepare(read_clip_list(background), shards["background"], **common)
     say("encoding clips")
-    prepare(given, shards["clips"], fps=fps, window_stride=stride, val_fraction=0.25, **common)
+    prepare(
+        given,
+        shards["clips"],
+        fps=fps,
+        window_stride=stride,
+        val_fraction=0.25,
+        router_prompts=router_prompts(experts, seed),
+        **common,
+    )
     return experts, shards
 
 
@@ -177,8 +190,10 @@ def stage_config(
     ranks: int,
     seed: int,
     recipe: Recipe,
+    regions: bool,
 ) -> Config:
-    """The config of one stage, as a user would write it."""
+    """The config of one stage, as a user would write it; `regions`: whether the clips have the
+    instruments'."""
     before = {"b": "a", "c": "b"}.get(stage)
     model: dict[str, Any] = {"preset": "tiny"} if stage == "pretrain" else {"dit": str(base_path(out))}
     if before:
@@ -192,7 +207,7 @@ def stage_config(
             "val_batch": 8,
             "workers": 0,  # samples of kilobytes are read faster than they are handed over
         },
-        "objective": {"t_range": [0.0, 1.0]},
+        "objective": {"t_range": [0.0, 1.0]} | ({} if regions else {"roi": 0.0}),
         "optimizer": {"lr": recipe.lr[number], "schedule": "cosine"},
         "train": {
             "stage": stage,
@@ -226,7 +241,7 @@ def run_stage(config: Config, out: Path) -> None:
     if code != 0:
         raise WanmoeError(f"stage {config.train.stage} failed with exit code {code}; its output is above")
     reached = max((int(line["step"]) for line in read_metrics(config.train.run)), default=0)
-    if reached < config.train.steps:
+    if reached < (config.train.steps or 0):
         raise WanmoeError(f"stage {config.train.stage} was stopped at step {reached} of {config.train.steps}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -13,6 +13,9 @@ from ..moe_lora.errors import WanmoeError
 from .options import Device, Size, Tokenizer, chosen_device, chosen_dtype, parse_mix
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from ..infer.prompts import Request
 
 _log = logging.getLogger(__name__)
@@ -71,8 +74,11 @@ def generate(
         str | None, typer.Option(help='Experts over the frames of the video: "0:Hook, 40:Suction".')
     ] = None,
     ema: Annotated[
-        float, typer.Option(help="How softly a schedule changes: weight of the past, per latent frame.")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            help="How softly a schedule changes: weight of the past per latent frame. Default: the adapter's."
+        ),
+    ] = None,
     image_path: Annotated[Path | None, typer.Option(help="First frame, for i2v.")] = None,
     last_image_path: Annotated[Path | None, typer.Option(help="Last frame, for i2v.")] = None,
     num_frames: Annotated[int, typer.Option(help="4 n + 1.")] = 81,
@@ -105,6 +111,9 @@ def generate(
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the blocks.")] = False,
     vae_tiling: Annotated[bool, typer.Option(help="Encode and decode in tiles: less memory.")] = False,
     any_base: Annotated[bool, typer.Option(help="Take an adapter of another base or side.")] = False,
+    classifier: Annotated[
+        Path | None, typer.Option(help="Instrument classifier, for a router that reads the first frame.")
+    ] = None,
 ) -> None:
     """Generate a video from a prompt, with the experts of a schedule, a mix, a hint, the learned router or
     the prompt."""
@@ -167,11 +176,33 @@ def generate(
         compiled=compiled,
         vae_tiling=vae_tiling,
         fold_timestep=fold_timestep,
+        first_frame=None if classifier is None else _classifier(classifier, place, adapters),
         prompts=[request[key] for request in requests for key in ("prompt", "negative_prompt")],
     )
     for number, request in enumerate(requests, 1):
         label = "generate" if len(requests) == 1 else f"{number} of {len(requests)}"
         _run(pipeline, request | {"solver": solver, "ema": ema}, label)
+
+
+def _classifier(path: Path, place: torch.device, adapters: Sequence[Path]) -> Callable[[Tensor], Tensor]:
+    """The classifier that the adapters' router was trained with, as far as its file tells."""
+    from ..moe_lora.adapter_file import is_adapter, read_adapter_info
+    from ..train.judges.judge import load_classifier
+
+    infos = [read_adapter_info(adapter) for adapter in adapters if is_adapter(adapter)]
+    readers = [info for info in infos if info.router.first_frame_classes]
+    if not readers:
+        raise WanmoeError(
+            f"--classifier {path}: no adapter has a router that reads the first frame; leave it out"
+        )
+    judge = load_classifier(path, place)
+    names = tuple(readers[0].adapter.expert_set.names)
+    if judge.classes != names or judge.space != "latent":
+        raise WanmoeError(
+            f"--classifier {path}: judges {judge.space} for {', '.join(judge.classes)}; the router reads "
+            f"latents for {', '.join(names)}"
+        )
+    return judge
 
 
 def _check(
@@ -180,7 +211,7 @@ def _check(
     adapters: list[Path],
     config_file: Path | None,
     solver: str,
-    ema: float,
+    ema: float | None,
     merged: bool,
 ) -> None:
     """Every request, before any weights are read: with the real model that takes minutes."""

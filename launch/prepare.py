@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +15,9 @@ from ..moe_lora.errors import WanmoeError
 from .options import Device, Tokenizer, chosen_device
 
 if TYPE_CHECKING:
+    from ..moe_lora.instruments import ExpertSet
     from ..train.data.clips import Clip
+    from ..train.data.router_prompts import RouterPrompt
 
 
 class PrepareCommand(TyperCommand):
@@ -60,6 +63,14 @@ def prepare(
     experts: Annotated[
         Path | None, typer.Option(help="Config whose adapter.experts name the labels.")
     ] = None,
+    router_prompts: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|none|FILE",
+            help="Text-only prompts that teach a learned router: made from the experts' keywords, none, or "
+            'lines {"prompt": ..., "instruments": [names] or {name: weight}}.',
+        ),
+    ] = "auto",
     seed: int = 0,
     device: Device = None,
     ranks: Annotated[
@@ -92,13 +103,17 @@ def prepare(
         raise typer.Exit(launch(LaunchConfig(ranks=count), sys.argv[1:]))
     team = join_ranks() if under_launcher() else Ranks()
     try:
+        known = load_experts(experts)
+        prompts = team.together(lambda: chosen_prompts(router_prompts, known, seed, listed))
+        if prompts and not team.rank:
+            typer.echo(f"{len(prompts)} prompts for a learned router are encoded too (--router-prompts none)")
         place = team.together(lambda: chosen_device(device))
         run(
             listed,
             out,
             codec=partial(load_vae, vae, device=place),
             text_encoder=partial(load_text_encoder, text, tokenizer_path=tokenizer, device=place),
-            experts=load_experts(experts),
+            experts=known,
             size=sizes,
             frames=frames,
             fps=fps or None,
@@ -106,6 +121,7 @@ def prepare(
             val_fraction=val_fraction,
             seed=seed,
             task=task,
+            router_prompts=prompts,
             ranks=team,
         )
     except KeyboardInterrupt:
@@ -143,6 +159,17 @@ def import_folder(
         val_fraction=val_fraction,
         seed=seed,
     )
+
+
+def chosen_prompts(word: str, experts: ExpertSet, seed: int, clips: Sequence[Clip]) -> list[RouterPrompt]:
+    """What `--router-prompts` asks for; auto is none where no clip has a label, and so no router learns."""
+    from ..train.data.plan import label
+    from ..train.data.router_prompts import router_prompts
+    from ..train.data.stored_prompts import read_prompt_list
+
+    if word == "none" or (word == "auto" and not any(label(clip, experts) for clip in clips)):
+        return []
+    return router_prompts(experts, seed) if word == "auto" else read_prompt_list(word, experts)
 
 
 def read_clips(clips: Path) -> list[Clip]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..kernels.lora_moe import LoRAMoEWeights, lora_moe_linears
 from .errors import WanmoeError
 from .instruments import SURGICAL, Expert, ExpertSet
-from .routing import Gates, LearnedRouter, RouterConfig, band
+from .routing import Gates, LearnedRouter, RouterConfig, TimeGate, at_noise_level
 from .seeding import seeded_generator
 
 if TYPE_CHECKING:
@@ -43,10 +43,15 @@ class AdapterConfig(BaseModel):
     rank_v: int = Field(4, ge=1)
     rank_o: int = Field(4, ge=1)
     rank_ffn: int = Field(4, ge=1)
-    """Ranks per projection, the same for the base adapter and for every expert."""
+    """Ranks per projection, of every expert, and of the base adapter where nothing else is said."""
+    rank_base: int | None = Field(None, ge=1)
+    """Rank of the base adapter in every linear that carries experts; default: as the experts there."""
     base_ranks: dict[str, int] = Field(default_factory=dict)
-    """Rank of the base adapter by linear (`blocks.3.ffn.2`), where it is not that of the experts. A linear
-    that is named here alone carries the base without experts. Importing a LoRA as frozen base sets it."""
+    """Rank of the base adapter by linear (`blocks.3.ffn.2`), where it is not that of rank_base. A linear that
+    is named here alone carries the base without experts. Importing a LoRA as frozen base sets it."""
+    expert_init: Literal["fresh", "base"] = "fresh"
+    """How experts that were never trained start. fresh: random down projections; base: those of the base
+    adapter, whose ranks must be theirs. The up projections are zero in both."""
     blocks: int | tuple[int, ...] = 8
     """How many of the last blocks are adapted, or which ones."""
     ffn_blocks: int = Field(3, ge=0)
@@ -55,7 +60,8 @@ class AdapterConfig(BaseModel):
     alpha: float = Field(4.0, gt=0)
     """Scale of a part is alpha / rank."""
     rank_dropout: float = Field(0.0, ge=0, lt=1)
-    """Probability that a rank is left out of a training forward; the others are scaled by 1 / (1 - p)."""
+    """Probability that a rank is left out of a training forward; the others are scaled by 1 / (1 - p). Where
+    it is not given, stage b takes 0.05."""
     module_dropout: float = Field(0.0, ge=0, lt=1)
     """Probability that a whole linear goes without its adapter in a training forward; scaled likewise."""
 
@@ -104,7 +110,7 @@ class AdapterConfig(BaseModel):
         """(rank of the base, rank of an expert or None without experts) per adapted linear, by its name."""
         ranks = self.ranks(num_layers)
         linears: dict[str, tuple[int, int | None]] = {
-            name: (self.base_ranks.get(name, rank), rank) for name, rank in ranks.items()
+            name: (self.base_ranks.get(name, self.rank_base or rank), rank) for name, rank in ranks.items()
         }
         alone = {name: (rank, None) for name, rank in self.base_ranks.items() if name not in ranks}
         return linears | alone
@@ -204,6 +210,7 @@ class Adapter:
         router_config: RouterConfig,
         modules: dict[str, LoRAMoELinear],
         router: LearnedRouter | None,
+        time_gate: TimeGate | None = None,
     ) -> None:
         self.dit = dit
         self.config = config
@@ -211,9 +218,13 @@ class Adapter:
         self.experts = config.expert_set
         self.modules = modules
         self.router = router
+        self.time_gate = time_gate
 
     def parameters(self, parts: Iterable[Part] = PARTS) -> dict[str, nn.Parameter]:
-        """Adapter parameters of the given parts by their name in the adapter file."""
+        """Adapter parameters of the given parts by their name in the adapter file.
+
+        A learned time gate is one of the experts' parameters: how loud they are, whoever routes.
+        """
         parts = set(parts)
         found: dict[str, nn.Parameter] = {}
         for name, module in self.modules.items():
@@ -223,6 +234,8 @@ class Adapter:
                 found.update(
                     (f"{name}.{leaf}", module.get_parameter(leaf)) for leaf in ("expert_down", "expert_up")
                 )
+        if "experts" in parts and self.time_gate is not None:
+            found.update({f"router.time_{name}": value for name, value in self.time_gate.named_parameters()})
         if "router" in parts and self.router is not None:
             found.update({f"router.{name}": value for name, value in self.router.named_parameters()})
         return found
@@ -230,6 +243,17 @@ class Adapter:
     def count(self, parts: Iterable[Part] = PARTS) -> int:
         """Number of parameters in the given parts."""
         return sum(_numel(parameter) for parameter in self.parameters(parts).values())
+
+    def overlap(self) -> Tensor:
+        """How far the experts' down projections lie in the space of the base's: mean over the linears of
+        |D_e D_b^T|^2 / (|D_e|^2 |D_b|^2) by Frobenius norms, 0 where they are orthogonal. Differentiable."""
+        shares = []
+        for linear in self.modules.values():
+            if linear.experts:
+                base, experts = linear.base_down.float(), linear.expert_down.float().flatten(0, 1)
+                size = base.square().sum() * experts.square().sum()
+                shares.append((experts @ base.T).square().sum() / size.clamp_min(1e-30))
+        return torch.stack(shares).mean()
 
     def train_only(self, parts: Iterable[Part]) -> dict[str, nn.Parameter]:
         """Freezes the whole model and the adapter but for the given parts; returns those by name."""
@@ -254,8 +278,8 @@ class Adapter:
         alpha_base: float = 1.0,
         alpha_expert: float = 1.0,
     ) -> Gates:
-        """Router output -> Gates of a forward: x band(t) x alpha_expert on the experts, alpha_base on the
-        base.
+        """Router output -> Gates of a forward: `at_noise_level`, or by the learned factor of t, x
+        alpha_expert on the experts; alpha_base on the base.
 
         Args:
             experts: [B, E] per clip or [B, F, E] per latent frame.
@@ -265,8 +289,13 @@ class Adapter:
         frames = experts.shape[1] if experts.dim() == 3 else 1
         if tokens % frames:
             raise ValueError(f"{tokens} tokens of a clip do not divide among {frames} gate frames")
-        factor = band(t.float(), self.router_config.bands).to(experts.dtype) * alpha_expert
-        rows = experts.reshape(t.shape[0] * frames, -1) * factor.repeat_interleave(frames)[:, None]
+        rows = experts.reshape(t.shape[0] * frames, -1)
+        if self.time_gate is None:
+            rows = at_noise_level(rows, t.repeat_interleave(frames), self.router_config)
+        else:
+            floor, factor = self.router_config.floor, self.time_gate(t).to(rows.dtype)
+            rows = (floor + (1 - floor) * rows) * factor.repeat_interleave(frames, dim=0)
+        rows = rows * alpha_expert
         base = torch.full((rows.shape[0],), alpha_base, device=rows.device, dtype=rows.dtype)
         return Gates(rows, base, tokens // frames)
 
@@ -286,10 +315,12 @@ def attach(
     the meta device nothing is initialised.
 
     Raises:
-        WanmoeError: the model has an adapter already, or the configured blocks do not exist.
+        WanmoeError: the model has an adapter already, the configured blocks do not exist, or max_gate is too
+            low for so many experts.
     """
     config, router_config = config or AdapterConfig(), router or RouterConfig()
     experts = config.expert_set
+    router_config.check(len(experts))
     linears = config.linears(len(dit.blocks))
     if any(isinstance(module, LoRAMoELinear) for module in dit.modules()):
         raise WanmoeError("this model has an adapter already; load the base again before attaching another")
@@ -310,14 +341,43 @@ def attach(
         setattr(parent, child, linear)
         modules[name] = linear
     dit.freeze_prefix(_first_block(modules))
+    place = next(iter(modules.values())).base_down.device
     learned = None
     if router_config.mode == "learned":
-        learned = LearnedRouter(
-            dit.config.text_dim, len(experts), router_config.hidden_dim, router_config.temperature
-        )
-        learned.to(next(iter(modules.values())).base_down.device)
+        learned = make_router(router_config, dit.config.text_dim, len(experts)).to(place)
         _reset_router(learned, seed)
-    return Adapter(dit, config, router_config, modules, learned)
+    time_gate = TimeGate(len(experts)).to(place) if router_config.time_gate == "learned" else None
+    return Adapter(dit, config, router_config, modules, learned, time_gate)
+
+
+def make_router(config: RouterConfig, text_dim: int, experts: int) -> LearnedRouter:
+    """The network of a learned router as its config describes it, with torch's own random weights."""
+    return LearnedRouter(text_dim, experts, config.hidden_dim, config.temperature, config.first_frame_classes)
+
+
+def start_experts_from_base(adapter: Adapter) -> bool:
+    """Copies the base's down projections into those of every expert, for `expert_init` = "base".
+
+    The experts' up projections stay zero, so the model's function stays as it is. Experts of which any was
+    trained are left alone; returns whether it copied. Call it before an engine shards the parameters.
+
+    Raises:
+        WanmoeError: a linear whose base has another rank than its experts.
+    """
+    linears = {name: linear for name, linear in adapter.modules.items() if linear.experts}
+    if any(bool(linear.expert_up.any()) for linear in linears.values()):
+        return False
+    for name, linear in linears.items():
+        base, expert = linear.base_down.shape[0], linear.expert_down.shape[1]
+        if base != expert:
+            raise WanmoeError(
+                f'adapter.expert_init = "base": {name} has a base of rank {base} and experts of rank '
+                f'{expert}; give them one rank, or set expert_init = "fresh"'
+            )
+    for linear in linears.values():
+        linear.expert_down.data.copy_(linear.base_down.data)
+    adapter.config = adapter.config.model_copy(update={"expert_init": "base"})
+    return True
 
 
 def _reset_router(router: LearnedRouter, seed: int) -> None:

@@ -14,15 +14,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .adapter import Adapter, AdapterConfig, attach
+from .adapter import Adapter, AdapterConfig, attach, make_router
 from .errors import WanmoeError
 from .files import write_atomic
-from .routing import RouterConfig
+from .routing import LearnedRouter, RouterConfig
 
 if TYPE_CHECKING:
     from .wan.dit import WanDiT
 
 FORMAT = "wanmoe-adapter/1"
+_ROUTER, _TIME_GATE = "router.", "router.time_"
 
 
 class AdapterInfo(BaseModel):
@@ -140,7 +141,8 @@ def load_adapter(
         noise_expert: "high", "low" or "both", what `dit` serves; a file of one side goes to that side alone.
         base_sha256: hash of the base that `dit` was loaded from; a file trained on another base is refused.
         router: the keys that are set in it replace those of the file. A learned router that the file lacks
-            starts fresh: it must be trained before it routes anything.
+            starts fresh: it must be trained before it routes anything. So does a learned time gate that
+            the file does not speak of.
         any_base: load in spite of another noise expert, task or base.
 
     Raises:
@@ -158,6 +160,8 @@ def load_adapter(
         raise WanmoeError(
             f"{path}: {'; '.join(problems)}; pass any_base (--any_base) to load it all the same"
         )
+    if info.router.time_gate == "learned" and not has_time_gate(tensors):
+        raise WanmoeError(f"{path}: it says that its time gate is learned, but holds none; is it whole?")
     changed = {} if router is None else {key: getattr(router, key) for key in router.model_fields_set}
     adapter = attach(dit, info.adapter, info.router.model_copy(update=changed))
     _fill(adapter, tensors, str(path))
@@ -174,17 +178,49 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def has_router(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the tensors of an adapter file include a learned router."""
-    return any(name.startswith("router.") for name in tensors)
+    """Whether the tensors of an adapter file include the network of a learned router."""
+    return any(_is_router(name) for name in tensors)
+
+
+def has_time_gate(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors of an adapter file include a learned time gate."""
+    return any(name.startswith(_TIME_GATE) for name in tensors)
+
+
+def _is_router(name: str) -> bool:
+    return name.startswith(_ROUTER) and not name.startswith(_TIME_GATE)
+
+
+def router_of(info: AdapterInfo, tensors: Mapping[str, Tensor], path: str | Path) -> LearnedRouter:
+    """The learned router of an adapter file alone, without a model; what `read_adapter` returned of `path`.
+
+    Raises:
+        WanmoeError: the file holds none, or not the one that it describes.
+    """
+    values = {name.removeprefix(_ROUTER): value for name, value in tensors.items() if _is_router(name)}
+    if "hidden.weight" not in values:
+        raise WanmoeError(f"{path}: it holds no learned router; train stage c from it")
+    width = values["hidden.weight"].shape[1] - info.router.first_frame_classes
+    try:
+        router = make_router(info.router, max(width, 1), len(info.adapter.experts))
+        router.load_state_dict(values)
+    except RuntimeError as error:
+        fault = " ".join(str(error).split())
+        raise WanmoeError(f"{path}: its router is not the one that it describes: {fault}") from error
+    return router.eval()
 
 
 def _fill(adapter: Adapter, tensors: Mapping[str, Tensor], path: str) -> None:
     wanted = adapter.parameters()
-    if has_router(tensors) and adapter.router is None:
-        raise WanmoeError(
-            f"{path}: it holds a learned router, which router.mode = 'rule' would drop; leave the key out"
-        )
-    given = wanted if has_router(tensors) else adapter.parameters(("base", "experts"))
+    for held, part, dropped in (
+        (has_router(tensors), adapter.router, "router, which router.mode = 'rule'"),
+        (has_time_gate(tensors), adapter.time_gate, "time gate, which router.time_gate = 'bands'"),
+    ):
+        if held and part is None:
+            raise WanmoeError(f"{path}: it holds a learned {dropped} would drop; leave the key out")
+    fresh = {name for name in wanted if _is_router(name) and not has_router(tensors)}
+    fresh |= {name for name in wanted if name.startswith(_TIME_GATE) and not has_time_gate(tensors)}
+    given = [name for name in wanted if name not in fresh]
     missing = [name for name in given if name not in tensors]
     extra = [name for name in tensors if name not in wanted]
     misshapen = [

@@ -178,7 +178,7 @@ def _kept(file: LoRAFile, dit: WanDiT, config: AdapterConfig, device: Device) ->
             f"{file.label}: changes {_names(outside)}, where an adapter cannot sit; merge it into the model "
             f"instead (--lora {file.label}), or leave those out with base = 'svd'"
         )
-    own = config.ranks(len(dit.blocks))
+    own = {name: config.rank_base or rank for name, rank in config.ranks(len(dit.blocks)).items()}
     ranks = {name: delta.rank for name, delta in file.deltas.items() if own.get(name) != delta.rank}
     adapter = attach(dit, config.model_copy(update={"base_ranks": ranks}), device=device)
     for name, delta in file.deltas.items():

@@ -10,12 +10,31 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-from torch import Tensor, nn
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from torch import Tensor
 
 from .errors import WanmoeError
 from .instruments import ExpertSet
+from .learned_router import LearnedRouter
+from .time_gate import TimeGate, band, ramp
+
+__all__ = [
+    "Gates",
+    "LearnedRouter",
+    "RouterConfig",
+    "RuleRouter",
+    "TimeGate",
+    "at_noise_level",
+    "band",
+    "cap",
+    "ema_over_frames",
+    "learned_gates",
+    "pool_text",
+    "top_k",
+]
+
+# What every expert's probability is taken for at least where an excess is shared: below it they share evenly.
+_LEAST = 1e-12
 
 
 class Gates(NamedTuple):
@@ -26,7 +45,7 @@ class Gates(NamedTuple):
     """
 
     experts: Tensor
-    """[G, E]: router output x band(t) x alpha_expert."""
+    """[G, E]: router output x band(t) or the learned factor of t x alpha_expert."""
     base: Tensor
     """[G]: alpha_base."""
     tokens_per_row: int
@@ -55,8 +74,33 @@ class RouterConfig(BaseModel):
     """Of the softmax over keyword hits (rule) and over the network's logits (learned)."""
     hidden_dim: int = Field(64, ge=1)
     """Width of the learned router's hidden layer."""
+    train_gates: Literal["straight_through", "soft"] = "straight_through"
+    """How a learned router's gates act while it trains. straight_through: top_k and max_gate in the forward,
+    the gradient as if all experts spoke by their probability. soft: so in the forward too, under max_gate.
+    Outside of training top_k and max_gate hold."""
+    max_gate: float = Field(1.0, gt=0, le=1)
+    """No gate of a learned router lies above it; what is cut off goes to the other kept experts in proportion
+    to their probability. At least 1 / top_k. Hints, mixes and labels are never cut."""
+    logit_noise: float = Field(0.0, ge=0)
+    """Standard deviation of normal noise on a learned router's logits in training, for exploration."""
+    first_frame_classes: int = Field(0, ge=0)
+    """Logits of a classifier of the first latent frame that the learned router reads beside the text, so many
+    as the classifier has classes; 0: the text alone."""
+    floor: float = Field(0.0, ge=0, lt=1)
+    """Part of every expert's gate that is always on: a gate g of labels, hints, mixes or the network becomes
+    floor + (1 - floor) g. 0: who is not routed is silent. Not under time_gate = "contrast"."""
     bands: tuple[tuple[float, float], ...] = ((0.0, 0.0), (0.2, 0.5), (0.6, 1.0))
     """(t from which it holds, factor on the expert gates) in rising t; the first must start at 0."""
+    time_gate: Literal["bands", "contrast", "learned"] = "bands"
+    """bands: the factor by `bands`. contrast: by `contrast`. learned: in place of the bands a smooth factor
+    for each expert, sigmoid(slope (t - center)) from slope 12 and center 0.35 on, which trains with the
+    experts; under any `mode`."""
+    contrast: tuple[tuple[float, float], ...] = ((0.3, 0.0), (0.9, 0.25))
+    """(t, width w), linear between, under time_gate = "contrast": a gate g becomes 1 + w (E g - sum of g). So
+    all E experts speak, together always E: alike at little noise, the routed one louder towards noise."""
+    ema: float = Field(0.5, ge=0, lt=1)
+    """Weight of the past in the moving average of a schedule's gates along the latent frames, where a request
+    does not say it."""
 
     @field_validator("bands")
     @classmethod
@@ -66,13 +110,30 @@ class RouterConfig(BaseModel):
             raise ValueError(f"bands must start at t = 0 and rise, got {list(bands)}")
         return bands
 
+    @field_validator("contrast")
+    @classmethod
+    def _widths_within_one(cls, contrast: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+        levels = [t for t, _ in contrast]
+        if not contrast or levels != sorted(set(levels)) or not all(0 <= w <= 1 for _, w in contrast):
+            raise ValueError(f"contrast must rise in t with widths from 0 to 1, got {list(contrast)}")
+        return contrast
 
-def band(t: Tensor, bands: Sequence[tuple[float, float]]) -> Tensor:
-    """Piecewise constant factor of the expert gates at noise level t [B] -> [B]; no host sync."""
-    factor = torch.full_like(t, bands[0][1])
-    for start, value in bands[1:]:
-        factor = torch.where(t >= start, torch.full_like(t, value), factor)
-    return factor
+    @model_validator(mode="after")
+    def _cap_leaves_a_sum_of_one(self) -> RouterConfig:
+        try:
+            self.check()
+        except WanmoeError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def check(self, experts: int | None = None) -> None:
+        """Raises WanmoeError where the gates of a learned router could not sum to 1 under max_gate."""
+        kept = self.top_k if experts is None else min(self.top_k, experts)
+        if self.max_gate < 1 and self.max_gate * kept < 1 - 1e-6:
+            raise WanmoeError(
+                f"router.max_gate = {self.max_gate} leaves less than 1 for {kept} experts together; set it "
+                f"to at least {1 / kept:.3g}, or raise router.top_k"
+            )
 
 
 def top_k(gates: Tensor, k: int) -> Tensor:
@@ -80,10 +141,57 @@ def top_k(gates: Tensor, k: int) -> Tensor:
     stay."""
     if k >= gates.shape[-1]:
         return gates
-    border = gates.topk(k, dim=-1).values[..., -1:]
-    kept = torch.where(gates >= border, gates, torch.zeros_like(gates))
+    kept = torch.where(_strongest(gates, k), gates, torch.zeros_like(gates))
     total = kept.sum(-1, keepdim=True)
     return kept * (gates.sum(-1, keepdim=True) / torch.where(total > 0, total, torch.ones_like(total)))
+
+
+def _strongest(gates: Tensor, k: int) -> Tensor:
+    return gates >= gates.topk(min(k, gates.shape[-1]), dim=-1).values[..., -1:]
+
+
+def cap(gates: Tensor, most: float, among: Tensor | None = None) -> Tensor:
+    """Gates [..., E] that sum to 1 with none above `most`; the others share the excess as they stand to each
+    other, and evenly where they vanish.
+
+    among: mask of those that may share, which must hold all that is above 0; default: all. `most` x as many
+    must reach 1. Has a gradient everywhere; that of a gate at its limit is 0.
+    """
+    if most >= 1:
+        return gates
+    among = torch.ones_like(gates, dtype=torch.bool) if among is None else among
+    full = gates > most
+    capped = gates
+    for _ in range(int(1 / most)):  # no more than this can be full; each round but the last fills one
+        weight = (gates + _LEAST) * (among & ~full)
+        left = 1 - most * full.sum(-1, keepdim=True)
+        shared = weight * (left / weight.sum(-1, keepdim=True).clamp_min(_LEAST))
+        capped = torch.where(full, torch.full_like(gates, most), shared)
+        full = full | (capped > most)
+    return torch.where((gates > most).any(-1, keepdim=True), capped, gates)
+
+
+def learned_gates(probs: Tensor, config: RouterConfig, training: bool) -> Tensor:
+    """Gates [B, E] that the model gets of what a learned router says, probs [B, E]: the strongest top_k with
+    none above max_gate.
+
+    In training the gradient passes to all of probs, or all experts speak (`RouterConfig.train_gates`).
+    """
+    if training and config.train_gates == "soft":
+        return cap(probs, config.max_gate)
+    kept = cap(top_k(probs, config.top_k), config.max_gate, _strongest(probs, config.top_k))
+    # In this order the value is that of `kept` to the bit.
+    return kept.detach() + (probs - probs.detach()) if training else kept
+
+
+def at_noise_level(gates: Tensor, t: Tensor, config: RouterConfig) -> Tensor:
+    """Gates [G, E] of labels, hints or a router as the model gets them at noise levels t [G], by `floor` and
+    `bands`, or by `contrast`; a row of zeros, no evidence, has no contrast."""
+    if config.time_gate == "contrast":
+        width = ramp(t.float(), config.contrast).to(gates.dtype)[:, None]
+        return 1 + width * (gates.shape[1] * gates - gates.sum(1, keepdim=True))
+    factor = band(t.float(), config.bands).to(gates.dtype)[:, None]
+    return (config.floor + (1 - config.floor) * gates) * factor
 
 
 def ema_over_frames(gates: Tensor, beta: float, k: int) -> Tensor:
@@ -157,32 +265,6 @@ class RuleRouter:
         return top_k(logits.softmax(0), self.top_k)
 
 
-class LearnedRouter(nn.Module):
-    """Softmax gates [B, E] from the pooled text embedding [B, text_dim] by one hidden layer.
-
-    The embedding is normalised first: pooled umT5 features are small and their scale says nothing about the
-    tool.
-    """
-
-    def __init__(self, text_dim: int, experts: int, hidden_dim: int = 64, temperature: float = 0.7) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.hidden = nn.Linear(text_dim, hidden_dim)
-        self.out = nn.Linear(hidden_dim, experts)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        pooled = F.layer_norm(pooled.float(), pooled.shape[-1:]).to(self.hidden.weight.dtype)
-        logits = self.out(F.silu(self.hidden(pooled)))
-        return (logits.float() / self.temperature).softmax(-1)
-
-
 def pool_text(context: Sequence[Tensor]) -> Tensor:
     """Mean over the real tokens of each prompt: list of [n, D] -> [B, D]."""
     return torch.stack([tokens.float().mean(0) for tokens in context])
-
-
-def teacher_kl(probs: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || probs), mean over the rows [B, E] whose teacher has evidence (sums above zero)."""
-    rows = (teacher.sum(-1) > 0).to(probs.dtype)
-    per_row = (torch.xlogy(teacher, teacher) - teacher * probs.clamp_min(1e-9).log()).sum(-1)
-    return (per_row * rows).sum() / rows.sum().clamp_min(1.0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
@@ -84,6 +85,39 @@ def test_the_commands_of_the_page_on_interoperation(folder):
     assert run_python(code, folder).split()[2] == "0.0"  # an export without --rank is exact
 
 
+def test_the_commands_of_the_page_on_training(folder):
+    judges, joint = blocks("bash", TRAINING)
+    said = run(judges, folder)
+    assert "held-out" in said
+    for name in ("classifier.safetensors", "classifier.html", "detector.safetensors", "detector.html"):
+        assert (folder / name).stat().st_size > 1000
+    run(joint, folder)
+    assert (folder / "runs" / "joint" / "adapter.safetensors").stat().st_size > 10_000
+
+
+def test_the_table_of_stages_is_that_of_the_code():
+    from wanmoe.train.stages import STAGES
+
+    rows = {}
+    for line in TRAINING.split("## Stages")[1].split("## ")[0].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and len(cells) == 6 and not set(cells[1]) <= {"-"}:
+            rows[cells[0]] = cells[1:]
+    stages = [STAGES[name] for name in ("a", "b", "b+router", "c", "pretrain")]
+    assert [float(cell.split(",")[0]) for cell in rows["learning rate"]] == [stage.lr for stage in stages]
+    schedule = [f"{stage.schedule}, {stage.warmup}" for stage in stages]
+    assert rows["schedule, warm-up"] == schedule
+    assert [float(cell) for cell in rows["epochs"]] == [stage.epochs for stage in stages]
+    assert [json.loads(cell) for cell in rows["noise levels t"]] == [list(stage.t_range) for stage in stages]
+    dropouts = [float(cell or 0) for cell in rows["rank dropout"]]
+    assert dropouts == [stage.rank_dropout for stage in stages]
+    losses: list[dict[str, float]] = []
+    for cell in rows["loss"]:
+        own = {term: float(weight) for weight, term in re.findall(r"([\d.]+) ([a-z_]+)", cell)}
+        losses.append(({} if not cell.startswith("+") else losses[-1]) | own)
+    assert losses == [dict(stage.weights) for stage in stages]
+
+
 def test_the_commands_of_the_page_on_data(tmp_path):
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     cut, encode, repair, bench = blocks("bash", page)
@@ -136,6 +170,7 @@ def test_the_commands_of_the_page_on_kernels(tmp_path):
         "docs/generate.md",
         "docs/interop.md",
         "docs/data.md",
+        "docs/training.md",
         "docs/kernels.md",
         "csrc/README.md",
         "kernels/lora_moe/README.md",

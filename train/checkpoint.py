@@ -90,14 +90,16 @@ def _set(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
         safe_set_local_optimizer_state(parameter, part, key)
 
 
-def commit(folder: Path, tensors: dict[str, Tensor], trainer: dict[str, Any], keep: int) -> Path:
-    """Writes one resume state (rank 0 only) and prunes the older ones to `keep`.
+def commit(
+    folder: Path, tensors: dict[str, Tensor], trainer: dict[str, Any], keep: int, spare: int | None = None
+) -> Path:
+    """Writes one resume state (rank 0 only) and prunes the older ones to `keep`; that of step `spare` stays.
 
     Raises:
         WanmoeError: no space left or not writable; earlier states are untouched and nothing half-written
         stays.
     """
-    target = folder / f"step_{trainer['step']:08d}"
+    target = state_of(folder, trainer["step"])
     staging = folder / f".tmp-{uuid.uuid4().hex[:12]}"
     try:
         staging.mkdir(parents=True)
@@ -122,8 +124,14 @@ def commit(folder: Path, tensors: dict[str, Tensor], trainer: dict[str, Any], ke
     # A later state belongs to an attempt that this one replaces.
     stale = [state for state in states(folder) if state > target]
     for old in (*before[: max(len(before) + 1 - keep, 0)], *stale):
-        shutil.rmtree(old)
+        if spare is None or old != state_of(folder, spare):
+            shutil.rmtree(old)
     return target
+
+
+def state_of(folder: Path, step: int) -> Path:
+    """Where the state of a step lies."""
+    return folder / f"step_{step:08d}"
 
 
 def set_aside(folder: Path) -> Path | None:

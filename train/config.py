@@ -64,23 +64,71 @@ class DataConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """Section `objective`: where t is drawn and what the losses weigh."""
+    """Section `objective`: where t is drawn and what the losses weigh.
 
-    t_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    The loss is the weighted sum of its terms. A term of weight 0 is not computed; a weight that is left out
+    is that of the stage (`wanmoe.train.stages`).
+    """
+
+    t_sampling: Literal["uniform", "logit_normal", "sigmoid", "shift", "mode"] = "uniform"
+    """sigmoid: logit_normal of mean 0; shift: sigmoid, moved by t_shift; mode: Stable Diffusion 3's, of
+    weight t_mode."""
     t_shift: float = Field(1.0, gt=0)
-    """t = s u / (1 + (s - 1) u): above 1 draws more noise."""
+    """t = s u / (1 + (s - 1) u): above 1 draws more noise. For every distribution but sigmoid."""
     t_mean: float = 0.0
-    t_std: float = Field(1.0, gt=0)
     """Of the normal under logit_normal."""
+    t_std: float = Field(1.0, gt=0)
+    """Of the normal under logit_normal, sigmoid and shift."""
+    t_mode: float = Field(1.29, ge=-1, le=1.75)
+    """Under mode: above 0 draws the middle more often, below 0 the ends."""
+    t_stratified: bool = True
+    """The clips of a global batch draw t from equal shares of the distribution, one each."""
     t_range: tuple[float, float] | None = None
     """Slice of the distribution that is drawn from; default [0, 1], in stage b [0.2, 1]."""
-    teacher_kl: float = Field(1.0, ge=0)
-    """Weight of KL(rule gates || router) while a router trains."""
+    diffusion: float | None = Field(None, ge=0)
+    """Weight of the flow-matching error. Default 1."""
+    roi: float | None = Field(None, ge=0)
+    """Weight of the error in the instruments' region, which then counts 1 + roi, the rest 1. Default 3; c 1,
+    pretrain 0."""
+    identity: float | None = Field(None, ge=0)
+    """Weight of the instrument that `classifier` sees in the predicted clip. Default 0; b 0.5 where a
+    classifier is given."""
+    temporal: float | None = Field(None, ge=0)
+    """Weight of the change along the optical flow that the true clip does not have. Default 0; b 0.5."""
+    entropy: float | None = Field(None, ge=0)
+    """Weight of the distance of the learned gates' entropy from `entropy_target`. Default 0.01; c 0.05."""
+    balance: float | None = Field(None, ge=0)
+    """Weight of the uneven load of the experts under a learned router. Default 0.05; c 0.1."""
+    teacher_kl: float | None = Field(None, ge=0)
+    """Weight of KL(rule gates || router) while a router trains. Default 1."""
+    orthogonality: float | None = Field(None, ge=0)
+    """Weight of the overlap of the experts' down projections with the base's. Default 0."""
+    entropy_target: float = Field(0.25, ge=0, lt=1)
+    """Mean entropy of a clip's learned gates that is aimed at, in shares of log(experts)."""
+    soft_start: float = Field(0.0, ge=0, lt=1)
+    """With gates by label: share of every expert's gate that all have alike when training begins; it falls
+    to 0 at `soft_until`."""
+    soft_until: float = Field(0.5, gt=0, le=1)
+    """Part of the steps after which the gates are as sharp as they stay."""
+    classifier: Path | None = None
+    """File of `wanmoe train-classifier`, for `identity` and for a router that reads the first frame."""
+    temporal_on: Literal["latent", "pixels", "lpips"] = "latent"
+    """Where `temporal` compares: on latents, or on decoded pictures by L1 or LPIPS."""
+    vae: str | None = None
+    """Codec that decodes where a term needs pictures: a file, or the stand-in haar."""
+    lpips: Path | None = None
+    """torchvision's AlexNet weights, for temporal_on = "lpips"; also needs wanmoe[lpips]."""
 
     @model_validator(mode="after")
-    def _range(self) -> ObjectiveConfig:
+    def _checked(self) -> ObjectiveConfig:
         if self.t_range is not None and not 0 <= self.t_range[0] < self.t_range[1] <= 1:
             raise ValueError(f"objective.t_range must rise within [0, 1], got {list(self.t_range)}")
+        if self.t_sampling == "sigmoid" and self.t_shift != 1:
+            raise ValueError('objective.t_sampling = "sigmoid" has no t_shift; "shift" has')
+        if self.temporal_on == "lpips" and self.lpips is None:
+            raise ValueError('objective.temporal_on = "lpips" needs its weights under objective.lpips')
+        if self.temporal_on != "latent" and self.vae is None:
+            raise ValueError(f'objective.temporal_on = "{self.temporal_on}" needs a codec: objective.vae')
         return self
 
 
@@ -89,14 +137,19 @@ class OptimizerConfig(Section):
 
     lr: float | None = Field(None, gt=0)
     """Default by stage: pretrain 1e-3, a 1e-4, b 5e-5, c 1e-3."""
+    base_lr: float | None = Field(None, gt=0)
+    """Of a base adapter that trains beside the experts in stage b; default: as `lr`."""
     router_lr: float | None = Field(None, gt=0)
-    """Learning rate of a router that trains beside the experts in stage b; default 1e-4."""
+    """Of a router that trains beside the experts in stage b; default 1e-4."""
+    time_gate_lr: float = Field(1e-2, gt=0)
+    """Of a learned time gate (`router.time_gate`), two numbers per expert, which no weight decay pulls."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     schedule: Literal["constant", "cosine"] | None = None
     """Default by stage: a constant, others cosine to zero."""
-    warmup_steps: int = Field(10, ge=0)
+    warmup_steps: int | None = Field(None, ge=0)
+    """Default by stage: a 100, b 50 (100 with a router), c 20, but a fifth of the steps at most."""
     max_grad_norm: float = Field(1.0, gt=0)
 
 
@@ -107,12 +160,18 @@ class TrainConfig(Section):
     """pretrain: all parameters of a small model; a: base adapter; b: experts; c: router."""
     run: Path
     """Run folder: config, adapter, resume state, metrics."""
-    steps: int = Field(1000, ge=1)
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; default: what `epochs` makes."""
+    epochs: float | None = Field(None, gt=0)
+    """Rounds over the clips, where steps are not given; default by stage: pretrain and b with a router 20,
+    a 10, b 15, c 5."""
     accumulation: int = Field(1, ge=1)
     """Forwards per optimizer step and rank."""
     seed: int = Field(0, ge=0)
     train_router: bool = False
     """In stage b, train a learned router together with the experts, taught by the labels."""
+    train_base: bool = False
+    """In stage b, train the base adapter together with the experts."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on accelerators, fp32 on the CPU. Masters, moments and gates are fp32 in both."""
     checkpointing: bool = False
@@ -120,6 +179,10 @@ class TrainConfig(Section):
     log_every: int = Field(10, ge=1)
     val_every: int = Field(0, ge=0)
     """Steps between validations; 0: only at the start and at the end."""
+    early_stop: str | None = None
+    """Metric that validation logs and that should fall, such as `val/loss` or `val/roi`: the adapter file
+    keeps its best, and training ends after `patience` validations without a better one."""
+    patience: int = Field(5, ge=1)
     save_every: int = Field(0, ge=0)
     """Steps between resume states; 0: only when stopped and at the end."""
     keep: int = Field(2, ge=1)
@@ -128,6 +191,16 @@ class TrainConfig(Section):
     """Continue from the run folder's newest valid resume state, if there is one."""
     max_bad_steps: int = Field(5, ge=1)
     """Stop after this many steps in a row with a non-finite loss; each is skipped on all ranks."""
+
+    @model_validator(mode="after")
+    def _checked(self) -> TrainConfig:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give train.steps or train.epochs, not both")
+        if self.early_stop is not None and not self.val_every:
+            raise ValueError("train.early_stop needs validations: set train.val_every")
+        if self.stage != "b" and (self.train_router or self.train_base):
+            raise ValueError("train.train_router and train.train_base are for stage b")
+        return self
 
 
 class DeepSpeedConfig(Section):

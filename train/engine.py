@@ -13,15 +13,16 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..moe_lora import Adapter, WanmoeError
-from ..moe_lora.routing import top_k
-from .stages import StageSpec
+from ..moe_lora.adapter import make_router
+from ..moe_lora.routing import LearnedRouter, learned_gates
+from .stages import StageSpec, part_of
 
 if TYPE_CHECKING:
     from ..moe_lora.wan.dit import WanDiT
@@ -38,19 +39,39 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 Result = TypeVar("Result")
 
 
+class Routed(NamedTuple):
+    """What one forward gives; gates are those before band and alpha, zero where there are no experts."""
+
+    v: Tensor
+    """[B, C, F, H, W]"""
+    probs: Tensor
+    """[B, E]: what the router says, or the labels."""
+    kept: Tensor
+    """[B, E]: what the model got of it."""
+    prompt_probs: Tensor | None
+    """[K, E]: what the router says of text-only prompts."""
+    overlap: Tensor | None
+    """How far the experts' down projections lie in the space of the base's, 0 to 1."""
+
+
 class RoutedDiT(nn.Module):
-    """The DiT, and the router where one is learned, as the one module that an engine owns.
+    """The DiT, and router and time gate where they are learned, as the one module that an engine owns.
 
     Gates are made inside the forward from its arguments, so that ZeRO-3 gathers the router like any layer and
     no module holds state between calls.
+
+    Args:
+        overlap: also measure the overlap of experts and base, for a loss on it.
     """
 
-    def __init__(self, dit: WanDiT, adapter: Adapter | None, spec: StageSpec) -> None:
+    def __init__(self, dit: WanDiT, adapter: Adapter | None, spec: StageSpec, overlap: bool = False) -> None:
         super().__init__()
         self.dit = dit
         self.router = None if adapter is None else adapter.router
+        self.time_gate = None if adapter is None else adapter.time_gate
         self.adapter = adapter
         self.spec = spec
+        self.overlap = overlap
 
     def forward(
         self,
@@ -60,33 +81,72 @@ class RoutedDiT(nn.Module):
         pooled: Tensor,
         rule: Tensor,
         image_latent: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(v [B, C, F, H, W], expert gates before band and alpha [B, E]).
-
-        x [B, C, F, H, W] at t [B]; context: text of each clip; pooled [B, D]: its mean, which a learned
-        router reads; rule [B, E]: gates by label.
+        noise: Tensor | None = None,
+        evidence: Tensor | None = None,
+        prompts: Tensor | None = None,
+    ) -> Routed:
+        """x [B, C, F, H, W] at t [B]; context: text of each clip; pooled [B, D]: its mean, which a learned
+        router reads; rule [B, E]: gates by label; noise [B, E] on the logits of a learned router; evidence
+        [B, K]: logits of a classifier of the first frame, where the router reads it; prompts [N, D]: pooled
+        text that the router is asked about too, without a clip.
         """
-        probs = self.expert_gates(pooled, rule)
+        probs, of_prompts = self.expert_gates(pooled, rule, noise, evidence, prompts)
         if self.adapter is None or self.spec.routing == "frozen":
-            return self.dit(x, t, context, None, image_latent), probs
+            return Routed(self.dit(x, t, context, None, image_latent), probs, probs, of_prompts, None)
         # Labels and mixes are exact; only what a network says is cut to its strongest experts.
-        learned = self.spec.routing == "router"
-        kept = top_k(probs, self.adapter.router_config.top_k) if learned else probs
-        return self.dit(
-            x, t, context, self.adapter.gates(kept, t, tokens=self.tokens(x)), image_latent
-        ), probs
+        learned = self.spec.routing == "router" and self.router is not None
+        kept = learned_gates(probs, self.adapter.router_config, self.training) if learned else probs
+        # The base alone is the base alone, whatever floor the experts have.
+        loud = 0.0 if self.spec.routing == "base" else 1.0
+        gates = self.adapter.gates(kept, t, tokens=self.tokens(x), alpha_expert=loud)
+        v = self.dit(x, t, context, gates, image_latent)
+        overlap = self.adapter.overlap() if self.overlap and self.training else None
+        return Routed(v, probs, kept, of_prompts, overlap)
 
-    def expert_gates(self, pooled: Tensor, rule: Tensor) -> Tensor:
-        """[B, E]: by label, by the learned router, or all zero where the stage has no experts yet."""
-        if self.spec.routing == "router" and self.router is not None:
-            probs: Tensor = self.router(pooled)
-            return probs
-        return rule if self.spec.routing == "labels" else torch.zeros_like(rule)
+    def expert_gates(
+        self,
+        pooled: Tensor,
+        rule: Tensor,
+        noise: Tensor | None = None,
+        evidence: Tensor | None = None,
+        prompts: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, E] by label, by the learned router, or all zero where the stage has no experts yet; and [N, E]
+        of the prompts."""
+        if self.spec.routing != "router" or self.router is None:
+            return rule if self.spec.routing == "labels" else torch.zeros_like(rule), None
+        probs: Tensor
+        if prompts is None:
+            probs = self.router(pooled, noise, evidence)
+            return probs, None
+        # One call for both: a module runs once a forward, as the hooks of ZeRO-3 like it.
+        clips, extra = len(pooled), len(prompts)
+        read = torch.cat([pooled, prompts.to(pooled)])
+        noise = None if noise is None else torch.cat([noise, noise.new_zeros(extra, noise.shape[1])])
+        if evidence is not None:
+            evidence = torch.cat([evidence, evidence.new_zeros(extra, evidence.shape[1])])
+        probs = self.router(read, noise, evidence)
+        return probs[:clips], probs[clips:]
 
     def tokens(self, x: Tensor) -> int:
         """Tokens of one clip."""
         p, q, r = self.dit.config.patch_size
         return (x.shape[2] // p) * (x.shape[3] // q) * (x.shape[4] // r)
+
+
+def whole_router(adapter: Adapter | None) -> LearnedRouter | None:
+    """A copy of the learned router outside of the engine, whole on every rank; a collective under ZeRO-3."""
+    if adapter is None or adapter.router is None:
+        return None
+    import deepspeed
+
+    live = adapter.router
+    with torch.device("meta"):
+        copy = make_router(adapter.router_config, adapter.dit.config.text_dim, len(adapter.experts))
+    with deepspeed.zero.GatheredParameters(list(live.parameters())):
+        whole = {name: value.detach().clone() for name, value in live.named_parameters()}
+    copy.load_state_dict(whole, assign=True)
+    return copy.requires_grad_(False)
 
 
 def check_versions() -> None:
@@ -230,24 +290,35 @@ def make_engine(
 
     check_versions()
     bf16 = uses_bf16(config, device)
+    settings = deepspeed_config(config, module.dit, trainable, bf16)
+    _check_resident(module, settings)
     set_z3_leaf_modules(module, [WanBlock])
-    router_lr = config.optimizer.router_lr or 1e-4
-    lr = config.optimizer.lr or spec.lr
-    joint = "router" in spec.trains and len(spec.trains) > 1
-    groups = []
-    for is_router, peak in ((False, lr), (True, router_lr if joint else lr)):
-        parameters = [p for name, p in trainable.items() if name.startswith("router.") == is_router]
+    groups: list[dict[str, Any]] = []
+    for part, peak in peak_rates(config, spec).items():
+        parameters = [p for name, p in trainable.items() if part_of(name) == part]
         if parameters:
             groups.append({"params": parameters, "lr": 0.0, "peak_lr": peak})
+            if part == "time_gate":  # zero is no place for a center or the logarithm of a slope
+                groups[-1]["weight_decay"] = 0.0
     options = config.optimizer
     optimizer = torch.optim.AdamW(
         groups, lr=0.0, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
     )
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=deepspeed_config(config, module.dit, trainable, bf16)
-    )
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     allocate_moments(engine, 0)
     return engine
+
+
+def _check_resident(module: RoutedDiT, settings: Mapping[str, Any]) -> None:
+    """The overlap reads parameters outside of their own modules: they must not be gathered by layer."""
+    zero = settings["zero_optimization"]
+    needed = _largest_adapter_tensor(module.dit)
+    lower = zero["stage3_param_persistence_threshold"] < needed
+    if module.overlap and (lower or "stage3_model_persistence_threshold" in zero):
+        raise WanmoeError(
+            "objective.orthogonality needs every adapter tensor resident: under deepspeed.config leave "
+            f"stage3_param_persistence_threshold at {needed} or above, and the model's threshold out"
+        )
 
 
 def allocate_moments(engine: Any, step: int) -> None:
@@ -258,14 +329,32 @@ def allocate_moments(engine: Any, step: int) -> None:
         states[shard] = {"step": torch.tensor(float(step)), **moments}
 
 
-def lr_factor(step: int, config: TrainerConfig, spec: StageSpec) -> float:
-    """Factor on the peak learning rate at a step: linear warm-up, then constant or cosine to zero."""
+def peak_rates(config: TrainerConfig, spec: StageSpec) -> dict[str, float]:
+    """Peak learning rate of each part that a stage trains; the first is the one that a log line tells."""
+    asked = config.optimizer
+    lr = asked.lr or spec.lr
+    joint = len(spec.trains) > 1
+    rates = {
+        "model": lr,
+        "experts": lr,
+        "base": (asked.base_lr or lr) if joint else lr,
+        "router": (asked.router_lr or 1e-4) if joint else lr,
+    }
+    trained = {part: rate for part, rate in rates.items() if part in (spec.trains or ("model",))}
+    return trained | ({"time_gate": asked.time_gate_lr} if "experts" in trained else {})
+
+
+def lr_factor(step: int, steps: int, config: TrainerConfig, spec: StageSpec) -> float:
+    """Factor on the peak learning rate at a step of `steps`: linear warm-up, then constant or cosine to
+    zero."""
     warmup = config.optimizer.warmup_steps
+    if warmup is None:
+        warmup = min(spec.warmup, steps // 5)
     if step < warmup:
         return (step + 1) / warmup
     if (config.optimizer.schedule or spec.schedule) == "constant":
         return 1.0
-    progress = (step - warmup) / max(config.train.steps - warmup, 1)
+    progress = (step - warmup) / max(steps - warmup, 1)
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 

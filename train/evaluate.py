@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from ..moe_lora import Adapter, ExpertSet, RouterConfig, load_adapter
-from ..moe_lora.adapter_file import read_adapter
-from ..moe_lora.routing import LearnedRouter, RuleRouter, pool_text, top_k
+from ..moe_lora.adapter_file import read_adapter, router_of
+from ..moe_lora.routing import RuleRouter, learned_gates, pool_text
 from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weights import dit_hash, load_dit
 from .data.batch import Batch, LabelGates, main_instrument
 from .data.shards import ShardDataset
-from .engine import RoutedDiT
+from .engine import Routed, RoutedDiT
 from .model import side_of
 from .stages import STAGES, StageSpec
-from .validate import LEVELS, held_out_losses, levels_within
+from .validate import LEVELS, HeldOut, held_out_errors, levels_within
 
 
 def evaluate_files(
@@ -47,7 +47,8 @@ def evaluate(
     wrong_expert: bool = False,
     levels: Sequence[float] = LEVELS,
 ) -> dict[str, Any]:
-    """Mean loss, loss per noise level and per instrument; with `wrong_expert` also a [label][expert] matrix.
+    """Mean loss, loss per noise level, per instrument and in the region; with `wrong_expert` also a
+    [label][expert] matrix.
 
     Args:
         stage: row of the stage table that says where gates come from: "a", "b", "c", "pretrain" for no
@@ -56,17 +57,19 @@ def evaluate(
         expert.
     """
     labels = [main_instrument(dataset, index) for index in range(len(dataset))]
-    losses = _losses(dit, adapter, dataset, STAGES[stage], levels)
+    errors = _errors(dit, adapter, dataset, STAGES[stage], levels)
     figures: dict[str, Any] = {
-        "loss": float(losses.mean()),
+        "loss": float(errors.loss.mean()),
         "clips": len(dataset),
-        "by_t": {str(t): float(x) for t, x in zip(levels, losses.mean(0), strict=True)},
-        "by_instrument": _by_label(losses, labels),
+        "by_t": {str(t): float(x) for t, x in zip(levels, errors.loss.mean(0), strict=True)},
+        "by_instrument": _by_label(errors.loss, labels),
     }
+    if errors.has_region.any():
+        figures["roi"] = float(errors.roi[errors.has_region].mean())
     if adapter is not None and wrong_expert:
         names = adapter.experts.names
         columns = [
-            _by_label(_losses(dit, adapter, dataset, STAGES["b"], levels, one_hot=index), labels)
+            _by_label(_errors(dit, adapter, dataset, STAGES["b"], levels, one_hot=index).loss, labels)
             for index in range(len(names))
         ]
         figures["by_expert"] = {
@@ -80,20 +83,15 @@ def evaluate(
 def held_out_gates(adapter_path: Path, dataset: ShardDataset) -> dict[str, dict[str, list[float]]]:
     """Mean gates per instrument on the held-out captions: {"router": learned, "rule": by the words}.
 
-    Needs the adapter file alone: the router reads text, not video.
+    Needs the adapter file alone: the router reads text, and no first frame where it knows one.
     """
     info, tensors = read_adapter(adapter_path)
-    experts = info.adapter.expert_set
-    router = LearnedRouter(tensors["router.hidden.weight"].shape[1], len(experts), info.router.hidden_dim)
-    router.temperature = info.router.temperature
-    router.load_state_dict(
-        {n.removeprefix("router."): v for n, v in tensors.items() if n.startswith("router.")}
-    )
-    rule = RuleRouter(experts, info.router.top_k, info.router.temperature)
+    router = router_of(info, tensors, adapter_path)
+    rule = RuleRouter(info.adapter.expert_set, info.router.top_k, info.router.temperature)
     rows: dict[str, dict[str, list[Tensor]]] = {"router": {}, "rule": {}}
     for index in range(len(dataset)):
         sample, label = dataset[index], main_instrument(dataset, index)
-        learned = top_k(router(pool_text([sample.context])), info.router.top_k)[0]
+        learned = learned_gates(router(pool_text([sample.context])), info.router, training=False)[0]
         rows["router"].setdefault(label, []).append(learned)
         rows["rule"].setdefault(label, []).append(rule.route(prompt=sample.caption))
     return {
@@ -102,30 +100,30 @@ def held_out_gates(adapter_path: Path, dataset: ShardDataset) -> dict[str, dict[
     }
 
 
-def _losses(
+def _errors(
     dit: WanDiT,
     adapter: Adapter | None,
     dataset: ShardDataset,
     spec: StageSpec,
     levels: Sequence[float],
     one_hot: int | None = None,
-) -> Tensor:
+) -> HeldOut:
     module = RoutedDiT(dit, adapter, spec).eval()
 
-    def predict(x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
+    def predict(x_t: Tensor, t: Tensor, batch: Batch) -> Routed:
         rule = batch.rule
         if one_hot is not None:
             rule = torch.zeros_like(rule)
             rule[:, one_hot] = 1.0
         context = [tokens.float() for tokens in batch.context]
         image = None if batch.image_latent is None else batch.image_latent.float()
-        v: Tensor = module(x_t, t, context, batch.pooled, rule, image)[0]
-        return v
+        routed: Routed = module(x_t, t, context, batch.pooled, rule, image)
+        return routed
 
     experts = adapter.experts if adapter is not None else ExpertSet()
     router = adapter.router_config if adapter is not None else RouterConfig()
     needed = spec.routing == "labels" and one_hot is None
-    return held_out_losses(predict, dataset, LabelGates(experts, router, needed), levels=levels)
+    return held_out_errors(predict, dataset, LabelGates(experts, router, needed), levels=levels)
 
 
 def _by_label(losses: Tensor, labels: list[str]) -> dict[str, float]:

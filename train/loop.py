@@ -7,6 +7,8 @@ import math
 import signal
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,15 +22,15 @@ from tqdm import tqdm
 
 from ..kernels.lora_moe import table
 from ..moe_lora import WanmoeError, save_adapter
-from ..moe_lora.routing import teacher_kl
 from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weights import save_dit
-from . import checkpoint
+from . import checkpoint, resume
 from .config import TrainerConfig
 from .data.batch import Batch, Fault, LabelGates, check_labels
 from .data.loader import TrainBatches, open_reader
 from .data.shards import ShardDataset
 from .engine import (
+    Routed,
     RoutedDiT,
     agree,
     init_distributed,
@@ -37,24 +39,25 @@ from .engine import (
     set_lr,
     together,
     uses_bf16,
+    whole_router,
 )
 from .feed import Feed
-from .model import check_shards_fit, file_hashes, load_model, local_files, side_of, side_range
-from .objective import draw_t, flow_matching_loss, noised, sample_generator
-from .stages import STAGES, select_trainable, stage_name
+from .meter import Meter
+from .model import (
+    check_shards_fit,
+    file_hashes,
+    load_model,
+    local_files,
+    ready_adapter,
+    side_of,
+    side_range,
+)
+from .noise import sample_generator
+from .objective import Inputs, Loss, Objective
+from .stages import STAGES, part_of, select_trainable, stage_name, total_steps
 from .tracking import Tracker, flatten
-from .validate import held_out_losses, levels_within
-
-# Settings that change what is learned: a resume with others is another run.
-LEARNING: dict[str, Any] = {
-    "adapter": True,
-    "router": True,
-    "objective": True,
-    "optimizer": True,
-    "data": {"reader", "balanced", "caption_dropout"},
-    "train": {"train_router", "precision"},
-}
-CHOOSE = "choose another train.run or set train.resume = false"
+from .validate import held_out_errors, levels_within
+from .watch import Watch, main_experts
 
 
 def train(config: TrainerConfig) -> Path:
@@ -84,15 +87,21 @@ class Trainer:
         self.hashes = hashes[0]
         self.dit, self.adapter = load_model(config, torch.bfloat16 if uses_bf16(config, device) else None)
         self.dit.checkpointing = config.train.checkpointing
+        if self.adapter is not None:
+            ready_adapter(config, self.spec, self.adapter)
         self.t_range = side_range(config, self.spec, self.dit.config.boundary)
         together(self._load_data)
-        path, state, trainer = self._find_resume()
+        shards, global_batch = self.batches.shards, self.batches.global_batch
+        self.steps = total_steps(config, self.spec, len(shards), global_batch)
+        self.objective = together(self._make_objective)
+        path, state, trainer = resume.find(self.run, config.train.resume, rank, self._say)
         self.step = int(trainer.get("step", 0))
         # Paths may differ between nodes; what lies there may not, as far as a quick look tells.
         paths: dict[str, Any] = {
             "model": {"dit", "adapter"},
             "data": {"shards"},
             "train": {"run"},
+            "objective": resume.PLACES,
             "launch": True,
         }
         dump = flatten(config.model_dump(mode="json", exclude=paths))
@@ -104,11 +113,13 @@ class Trainer:
         self.trainable = select_trainable(self.spec, self.dit, self.adapter)
         self.frozen = self._frozen_adapter_parts()
         if state is not None:
-            self._check_resume(state, trainer)
+            resume.check(self.run, state, trainer, self._identity(), self.trainable)
             for name, parameter in self.trainable.items():
                 parameter.data.copy_(state[f"param/{name}"])
         masters = {name: p.detach().float().clone() for name, p in self.trainable.items()}
-        module = RoutedDiT(self.dit, self.adapter, self.spec)
+        module = RoutedDiT(
+            self.dit, self.adapter, self.spec, overlap="orthogonality" in self.objective.weights
+        )
         self._say(self._start_line())
         self.engine = make_engine(config, module, self.trainable, self.spec, device)
         if state is None:
@@ -122,6 +133,13 @@ class Trainer:
         self.feed = Feed(self.batches, config.data.max_bad_samples, bad_samples, self._say)
         self.stop_signal: int | None = None
         self.tracker = self._tracker(trainer)
+        names = [] if self.adapter is None else self.adapter.experts.names
+        self.meter = Meter(names, self.dit.config.boundary, device)
+        keys = enumerate(self.held_out.keys)
+        owners = main_experts([self.gates(key, self.held_out.instruments(i)) for i, key in keys])
+        self.watch = Watch(
+            config.train, self.spec, names, owners, self.tracker, self._say, trainer.get("best")
+        )
 
     def _load_data(self) -> None:
         config = self.config
@@ -153,49 +171,37 @@ class Trainer:
         check_shards_fit(self.dit, dataset)
         if by_label:
             unseen = check_labels(dataset, self.gates)
+            check_labels(self.held_out, self.gates)
             if unseen:
                 self._say(f"no training clip shows {', '.join(unseen)}: these experts stay as they are")
 
-    def _find_resume(self) -> tuple[Path | None, dict[str, Tensor] | None, dict[str, Any]]:
-        """(folder, tensors, trainer.json) of the newest state that verifies, or nothing for a fresh start."""
-        folder = self.run / "resume"
-        if not self.config.train.resume:
-            if self.rank == 0 and (aside := checkpoint.set_aside(folder)):
-                self._say(f"starting afresh; the states of the earlier run are in {aside}")
-            return None, None, {}
-        path, complaints = checkpoint.latest(folder)
-        for complaint in complaints:
-            self._say(complaint)
-        return (None, None, {}) if path is None else (path, *checkpoint.read(path))
-
-    def _check_resume(self, state: dict[str, Tensor], trainer: dict[str, Any]) -> None:
-        for key, value in self._identity().items():
-            if trainer.get(key) != value:
-                raise WanmoeError(
-                    f"{self.run}/resume: belongs to another run ({key} was {trainer.get(key)!r}, is "
-                    f"{value!r}); {CHOOSE}"
-                )
-        other = sorted({name.split("/", 1)[1] for name in state} ^ set(self.trainable))
-        if other:
-            raise WanmoeError(
-                f"{self.run}/resume: {len(other)} parameters differ from this config's, e.g. {other[0]}; "
-                f"{CHOOSE}"
-            )
+    def _make_objective(self) -> Objective:
+        return Objective(
+            self.config,
+            self.spec,
+            self.adapter,
+            self.batches.shards,
+            self.gates,
+            t_range=self.t_range,
+            global_batch=self.batches.global_batch,
+            steps=self.steps,
+            caption_dropout=self.caption_dropout,
+            device=self.device,
+        )
 
     def _identity(self) -> dict[str, Any]:
         """What must not change between a run and its resume; the world size may, at the same global batch."""
+        # Which samples a rank streams depends on both numbers.
         streams = self.config.data.reader == "streaming"
-        return {
-            "stage": stage_name(self.config),
-            "seed": self.config.train.seed,
-            "steps": self.config.train.steps,
-            "data": self.batches.shards.fingerprint,
-            "global_batch": self.batches.global_batch,
-            # Which samples a rank streams depends on both.
-            **({"readers": [self.world, self.config.data.workers]} if streams else {}),
+        readers = {"readers": [self.world, self.config.data.workers]} if streams else {}
+        return resume.identity(
+            self.config,
+            steps=self.steps,
+            data=self.batches.shards.fingerprint,
+            global_batch=self.batches.global_batch,
+            **readers,
             **self.hashes,
-            **flatten(self.config.model_dump(mode="json", include=LEARNING)),
-        }
+        )
 
     def _frozen_adapter_parts(self) -> dict[str, Tensor]:
         """Copies of the adapter tensors that do not train in this stage, taken before the engine shards
@@ -210,6 +216,8 @@ class Trainer:
             return None
         self.run.mkdir(parents=True, exist_ok=True)
         dump = self.config.model_dump(mode="json", exclude_none=True)
+        dump["train"]["steps"] = self.steps
+        dump["train"].pop("epochs", None)  # a config that is given back says one of the two
         (self.run / "config.toml").write_text(tomli_w.dumps(dump))
         params = flatten(dump) | {"world_size": self.world, "trainable": self._trainable_count()}
         params |= {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
@@ -227,7 +235,7 @@ class Trainer:
             f"stage {self.config.train.stage}: {self._trainable_count():,} trainable parameters, {prefix}, "
             f"{len(self.batches.shards)} clips, {len(self.held_out)} held out, global batch "
             f"{self.batches.global_batch} on {self.world} ranks ({self.device.type}), "
-            f"t in {list(self.t_range)}"
+            f"t in {list(self.t_range)}, {self.steps} steps of {self.objective.describe()}"
         )
 
     def _say(self, line: str) -> None:
@@ -235,19 +243,19 @@ class Trainer:
             tqdm.write(line, file=sys.stderr)
 
     def fit(self) -> None:
-        """Trains up to train.steps; on SIGTERM or SIGINT saves within a step and returns."""
+        """Trains to the last step or an early stop; on SIGTERM or SIGINT saves within a step and returns."""
         config = self.config.train
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        if self.step == 0:
-            self._validate()
-        if self.step == config.steps:
+        if self.step == 0 and self._validate():
+            self._save()
+        if self._complete:
             # Nothing is left to train, but a run that was killed between its last two writes lacks a file.
             self._say(f"{self.run} is complete: {self.step} steps are done")
             self._save()
-        self.feed.start(self.step, config.steps)
+        self.feed.start(self.step, self.steps)
         bar = tqdm(
-            total=config.steps,
+            total=self.steps,
             initial=self.step,
             disable=self.rank != 0,
             desc=f"stage {config.stage}",
@@ -257,17 +265,22 @@ class Trainer:
         )
         began, logged_at = time.monotonic(), self.step
         stopped = False
-        while self.step < config.steps and not stopped:
+        while not self._complete and not stopped:
             values, stopped = self.train_step()
             bar.update()
             bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
-            ended = self.step == config.steps
-            if self.step % config.log_every == 0 or ended:
+            ended = self.step == self.steps
+            if self._logs(self.step):
                 values["train/steps_per_s"] = (self.step - logged_at) / max(time.monotonic() - began, 1e-9)
-                self._log(values)
-            if ended or (config.val_every and self.step % config.val_every == 0):
-                self._validate()
-            if ended or stopped or (config.save_every and self.step % config.save_every == 0):
+                self.watch.log(self.step, values | self.meter.reduce())
+            validates = ended or (config.val_every and self.step % config.val_every == 0)
+            best = bool(validates) and self._validate()
+            if (
+                self._complete
+                or stopped
+                or best
+                or (config.save_every and self.step % config.save_every == 0)
+            ):
                 self._save()
             if self.step % config.log_every == 0:
                 # Validation and saving are not training time.
@@ -276,16 +289,28 @@ class Trainer:
         if self.rank == 0 and stopped:
             self._say(f"stopped by signal at step {self.step}; the same command goes on from there")
 
+    @property
+    def _complete(self) -> bool:
+        return self.step >= self.steps or self.watch.ended
+
+    def _logs(self, step: int) -> bool:
+        return step % self.config.train.log_every == 0 or step == self.steps
+
     def train_step(self) -> tuple[dict[str, float], bool]:
         """One optimizer step over `accumulation` forwards; returns its figures and whether to stop."""
         config = self.config
         self.engine.train()
-        lr = set_lr(self.engine, lr_factor(self.step, config, self.spec))
-        totals: dict[str, float] = {}
-        stop = skipped = False
+        lr = set_lr(self.engine, lr_factor(self.step, self.steps, config, self.spec))
+        batches: Iterator[Batch] = (self.feed.take(self.step) for _ in range(config.train.accumulation))
+        if self.objective.learns:  # its router is asked for the whole step first
+            taken = list(batches)
+            self.objective.open_window(taken, whole_router(self.adapter))
+            batches = iter(taken)
         seen: list[str] = []
-        for micro in range(config.train.accumulation):
-            batch = self.feed.take(self.step)
+        totals: dict[str, float] = {}
+        norms: dict[str, float] = {}
+        stop = skipped = False
+        for micro, batch in enumerate(batches):
             seen += batch.keys
             # Dropout, too, is a function of the position in the sample order.
             torch.manual_seed(
@@ -293,26 +318,28 @@ class Trainer:
             )
             last = micro + 1 == config.train.accumulation
             self.engine.set_gradient_accumulation_boundary(last)
-            losses = self.losses(batch)
-            figures, finite, stop = self._agree(losses)
+            loss = self.objective(batch, self.step, self._dtype, self._predict)
+            figures, finite, stop = self._agree(loss)
             if not finite:
                 self._report_bad(batch.keys, "the loss is not finite")
                 # What earlier forwards of this step have accumulated goes too, and the batches of the later
                 # ones are read all the same: every rank stays on the same samples.
                 self.engine.optimizer.zero_grad()
-                for _ in range(micro + 1, config.train.accumulation):
-                    self.feed.take(self.step)
+                deque(batches, maxlen=0)
                 skipped = True
                 break
             totals = {k: totals.get(k, 0.0) + v / config.train.accumulation for k, v in figures.items()}
-            self.engine.backward(losses["loss"])
+            self.meter.add(loss)
+            self.engine.backward(loss.total)
             self._check_gradients(last)
+            if last and self._logs(self.step + 1):
+                norms = self._gradient_norms()
             self.engine.step()
         self.step += 1
         if not skipped and not self.engine.was_step_applied():
             self._report_bad(seen, "the gradient is not finite")
             skipped = True
-        values = {f"train/{name}": value for name, value in totals.items()} | {"train/lr": lr}
+        values = {f"train/{name}": value for name, value in totals.items()} | {"train/lr": lr} | norms
         values["train/skipped_step"] = float(skipped)
         values |= {
             "data/wait_s": self.feed.waited,
@@ -324,49 +351,17 @@ class Trainer:
             values["train/grad_norm"] = float(self.engine.get_global_grad_norm())
         return values, stop
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalar losses of one batch: `loss` is the sum that trains, the others are its terms."""
-        config, device = self.config, self.device
-        x_t, t, target = self._noise(batch)
-        context = self._drop_captions(batch)
-        image = (
-            None if batch.image_latent is None else batch.image_latent.to(device, non_blocking=True).float()
-        )
-        rule = batch.rule.to(device)
-        v, probs = self.engine(x_t, t, context, batch.pooled.to(device), rule, image)
-        losses = {"diffusion": flow_matching_loss(v, target).mean()}
-        losses["loss"] = losses["diffusion"]
-        if "router" in self.spec.trains:
-            losses["teacher_kl"] = teacher_kl(probs, rule)
-            losses["loss"] = losses["loss"] + config.objective.teacher_kl * losses["teacher_kl"]
-        return losses
-
-    def _noise(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        streams = [sample_generator(self.config.train.seed, p, "noise") for p in batch.positions]
-        u = torch.cat([torch.rand(1, generator=stream, dtype=torch.float64) for stream in streams])
-        noise = torch.stack([torch.randn(batch.latent.shape[1:], generator=stream) for stream in streams])
-        t = draw_t(u, self.config.objective, self.t_range).to(self.device)
-        # First to the card, then to fp32: the other way round the host would convert, out of pinned memory.
-        latent = batch.latent.to(self.device, non_blocking=True).float()
-        x_t, target = noised(latent, noise.to(self.device), t)
-        return x_t, t, target
-
-    def _drop_captions(self, batch: Batch) -> list[Tensor]:
-        """The text of each clip, now and then that of an empty caption, which guidance subtracts later."""
-        context = []
-        for position, tokens in zip(batch.positions, batch.context, strict=True):
-            draw = torch.rand(1, generator=sample_generator(self.config.train.seed, position, "caption"))
-            if self.batches.null_context is not None and float(draw) < self.caption_dropout:
-                tokens = self.batches.null_context
-            context.append(tokens.to(self.device, non_blocking=True).to(self._dtype))
-        return context
+    def _predict(self, inputs: Inputs) -> Routed:
+        routed: Routed = self.engine(*inputs)
+        return routed
 
     @property
     def _dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.engine.bfloat16_enabled() else torch.float32
 
-    def _agree(self, losses: dict[str, Tensor]) -> tuple[dict[str, float], bool, bool]:
+    def _agree(self, loss: Loss) -> tuple[dict[str, float], bool, bool]:
         """(mean figures over ranks, whether the loss is finite on all, whether any rank was told to stop)."""
+        losses = {"loss": loss.total, **loss.terms}
         values = torch.stack([value.detach().float() for value in losses.values()])
         finite = torch.isfinite(values).all()
         flags = torch.stack([(~finite).float(), values.new_tensor(float(self.stop_signal is not None))])
@@ -398,7 +393,7 @@ class Trainer:
             if gradient is not None and bool(gradient.any()):
                 self.unseen_gradients.discard(name)
         epoch = math.ceil(len(self.batches.shards) / self.batches.global_batch) + 2
-        deadline = min(max(epoch, 4), self.config.train.steps) - 1
+        deadline = min(max(epoch, 4), self.steps) - 1
         dead = sorted(self.unseen_gradients)
         if self.step == deadline and dead and self.step >= 3:
             raise WanmoeError(
@@ -408,23 +403,31 @@ class Trainer:
         if self.step >= deadline:
             self.unseen_gradients.clear()
 
-    def _log(self, values: dict[str, float]) -> None:
-        if self.tracker is not None:
-            self.tracker.log(self.step, {k: v for k, v in values.items() if math.isfinite(v)})
+    def _gradient_norms(self) -> dict[str, float]:
+        """Norm of the gradient of each part that trains, before it is clipped; a collective."""
+        squares: dict[str, Tensor] = {}
+        for name, parameter in self.trainable.items():
+            gradient = safe_get_full_grad(parameter)
+            if gradient is not None:
+                part, square = part_of(name), gradient.float().square().sum()
+                squares[part] = squares.get(part, torch.zeros_like(square)) + square
+        return {f"train/grad_norm/{part}": float(square.sqrt()) for part, square in squares.items()}
 
-    def _validate(self) -> None:
+    def _validate(self) -> bool:
+        """Measures the held-out clips; whether this is the best so far, where early stopping asks."""
         self.engine.eval()
 
-        def predict(x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
-            image = None if batch.image_latent is None else batch.image_latent.to(self.device).float()
-            context = [tokens.to(self.device, self._dtype) for tokens in batch.context]
-            rule = batch.rule.to(self.device)
-            v: Tensor = self.engine(x_t, t, context, batch.pooled.to(self.device), rule, image)[0]
-            return v
+        moved: tuple[Batch, Inputs] | None = None  # a batch comes once for every level
+
+        def predict(x_t: Tensor, t: Tensor, batch: Batch) -> Routed:
+            nonlocal moved
+            if moved is None or moved[0] is not batch:
+                moved = batch, self.objective.as_it_is(batch, self._dtype)
+            return self._predict(moved[1]._replace(x_t=x_t, t=t))
 
         levels = levels_within(side_of(self.config.model.noise_expert, self.dit.config.boundary))
         faults: list[Fault] = []
-        losses = held_out_losses(
+        held_out = held_out_errors(
             predict,
             self.held_out,
             self.gates,
@@ -434,31 +437,37 @@ class Trainer:
             faults=faults,
         )
         self.feed.report(self.step, faults)
-        means = losses.nanmean(0)
-        values = {f"val/loss_t{level}": float(x) for level, x in zip(levels, means, strict=True)}
-        self._log({"val/loss": float(means.mean())} | values)
-        self._say(f"step {self.step}: held-out loss {means.mean():.4f}")
+        return self.watch.validated(self.step, held_out, levels)
 
     def _save(self) -> None:
         """Resume state and result file; gathers what trains, and nothing frozen."""
         state = checkpoint.gather_state(self.trainable)
         if self.rank == 0:
             self._write(state)
-            self._say(f"step {self.step}: wrote {self.output}")
         dist.barrier()
 
     def _write(self, state: dict[str, Tensor]) -> None:
         # The result first: a run whose state says that it is finished has its file.
-        self._write_output({name: state[f"param/{name}"] for name in self.trainable})
+        if self.watch.writes(self.step):
+            self._write_output(state, self.step)
+            self._say(f"step {self.step}: wrote {self.output}")
+        elif not self.output.exists():
+            best = int(self.watch.best["step"])
+            self._write_output(checkpoint.read(checkpoint.state_of(self.run / "resume", best))[0], best)
+            self._say(f"step {self.step}: wrote {self.output} of step {best}, the best")
+        else:
+            self._say(f"step {self.step}: saved; {self.output} is that of step {self.watch.best['step']}")
         trainer = self._identity() | {"step": self.step, "world_size": self.world}
-        trainer["bad_samples"] = self.feed.bad_samples
+        trainer |= {"bad_samples": self.feed.bad_samples, "best": self.watch.best}
         trainer["mlflow_run"] = self.tracker.run_id if self.tracker else None
-        checkpoint.commit(self.run / "resume", state, trainer, self.config.train.keep)
-        if self.tracker is not None and self.step == self.config.train.steps:
+        keep, spare = self.config.train.keep, self.watch.best.get("step")
+        checkpoint.commit(self.run / "resume", state, trainer, keep, spare)
+        if self.tracker is not None and self._complete:
             self.tracker.artifact(self.run / "config.toml")
             self.tracker.artifact(self.output)
 
-    def _write_output(self, trained: dict[str, Tensor]) -> None:
+    def _write_output(self, state: dict[str, Tensor], step: int) -> None:
+        trained = {name: state[f"param/{name}"] for name in self.trainable}
         if self.adapter is None:
             whole = WanDiT(self.dit.config)
             whole.load_state_dict(trained, assign=True)
@@ -468,7 +477,7 @@ class Trainer:
             self.adapter,
             self.output,
             stage=stage_name(self.config),
-            step=self.step,
+            step=step,
             noise_expert=self.config.model.noise_expert,
             base_sha256=self.hashes["base_sha256"],
             tensors={**self.frozen, **trained},
@@ -483,8 +492,7 @@ class Trainer:
 
     def close(self) -> None:
         if self.tracker is not None:
-            done = self.step >= self.config.train.steps
-            self.tracker.close("FINISHED" if done else "KILLED")
+            self.tracker.close("FINISHED" if self._complete else "KILLED")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_signal = number

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..moe_lora import Adapter, WanmoeError, attach, load_adapter
-from ..moe_lora.adapter_file import has_router, read_adapter
+from ..moe_lora.adapter import start_experts_from_base
+from ..moe_lora.adapter_file import has_router, has_time_gate, read_adapter
 from ..moe_lora.files import file_sha256
 from ..moe_lora.wan.config import WanConfig
 from ..moe_lora.wan.dit import WanDiT
@@ -17,6 +18,9 @@ from ..moe_lora.wan.weights import dit_hash, load_dit
 from .config import TrainerConfig
 from .data.shards import ShardIndex
 from .stages import STAGES, StageSpec, stage_name
+
+# Keys of the adapter that may change from stage to stage.
+OF_A_STAGE = ("rank_dropout", "module_dropout", "expert_init")
 
 
 def load_model(config: TrainerConfig, dtype: torch.dtype | None = None) -> tuple[WanDiT, Adapter | None]:
@@ -43,8 +47,27 @@ def load_model(config: TrainerConfig, dtype: torch.dtype | None = None) -> tuple
     return dit, adapter
 
 
+def ready_adapter(config: TrainerConfig, spec: StageSpec, adapter: Adapter) -> None:
+    """What a stage changes in an adapter before it trains: its dropouts, and how fresh experts start."""
+    asked = config.adapter
+    given = asked.model_fields_set
+    rank = asked.rank_dropout if "rank_dropout" in given else spec.rank_dropout
+    for linear in adapter.modules.values():
+        linear.rank_dropout = rank
+        if "module_dropout" in given:
+            linear.module_dropout = asked.module_dropout
+    init = asked.expert_init if "expert_init" in given else adapter.config.expert_init
+    if "experts" in spec.trains and init == "base":
+        if config.model.adapter is None:
+            raise WanmoeError(
+                'adapter.expert_init = "base" starts the experts from a trained base: name its file under '
+                "model.adapter"
+            )
+        start_experts_from_base(adapter)
+
+
 def file_hashes(config: TrainerConfig) -> dict[str, str]:
-    """sha256 of the base and of the adapter that a run starts from; "" for what it does not start from.
+    """sha256 of the base, the adapter and the judges that a run starts from; "" for what it has not.
 
     Raises:
         WanmoeError: the adapter was trained on another base, unless any_base is set.
@@ -52,6 +75,7 @@ def file_hashes(config: TrainerConfig) -> dict[str, str]:
     model = config.model
     base = "" if model.dit is None else dit_hash(model.dit)
     adapter = "" if model.adapter is None else file_sha256(model.adapter)
+    judges = {f"{key}_sha256": _sha256(getattr(config.objective, key)) for key in ("classifier", "lpips")}
     if model.adapter is not None and not model.any_base:
         trained_on = read_adapter(model.adapter)[0].base_sha256
         if trained_on and trained_on != base:
@@ -59,7 +83,13 @@ def file_hashes(config: TrainerConfig) -> dict[str, str]:
                 f"{model.adapter}: it was trained on base {trained_on[:12]}, {model.dit} is {base[:12]}; "
                 "set model.any_base = true to go on all the same"
             )
-    return {"base_sha256": base, "adapter_sha256": adapter}
+    return {"base_sha256": base, "adapter_sha256": adapter, **judges}
+
+
+def _sha256(path: Path | None) -> str:
+    if path is not None and not path.is_file():
+        raise WanmoeError(f"{path}: no such file, but the config's [objective] names it")
+    return "" if path is None else file_sha256(path)
 
 
 def local_files(config: TrainerConfig) -> dict[str, Any]:
@@ -69,6 +99,8 @@ def local_files(config: TrainerConfig) -> dict[str, Any]:
     return {
         "the size of model.dit": size,
         "model.adapter": "" if model.adapter is None else file_sha256(model.adapter),
+        "objective.classifier": _sha256(config.objective.classifier),
+        "objective.lpips": _sha256(config.objective.lpips),
     }
 
 
@@ -83,13 +115,23 @@ def check_router(config: TrainerConfig) -> None:
             f"router.mode = 'learned' but stage {config.train.stage} trains no router and its adapter has "
             "none; leave the key out, or set train.train_router = true in stage b"
         )
+    has_gate = config.model.adapter is not None and has_time_gate(read_adapter(config.model.adapter)[1])
+    if (
+        config.router.time_gate == "learned"
+        and "experts" not in STAGES[stage_name(config)].trains
+        and not has_gate
+    ):
+        raise WanmoeError(
+            f"router.time_gate = 'learned' but stage {config.train.stage} trains no experts and its adapter "
+            "has no such gate; set it in stage b"
+        )
 
 
 def check_same_adapter(config: TrainerConfig, adapter: Adapter, path: Path) -> None:
     """A key that the config sets must agree with the adapter file that the stage starts from."""
     for key in config.adapter.model_fields_set:
         asked, found = getattr(config.adapter, key), getattr(adapter.config, key)
-        if asked != found and not key.endswith("_dropout"):
+        if asked != found and key not in OF_A_STAGE:
             raise WanmoeError(f"adapter.{key} = {asked} but {path} has {found}; drop the key or start afresh")
 
 

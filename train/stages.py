@@ -1,9 +1,11 @@
-"""What each stage trains and how its clips are routed: one table."""
+"""What each stage trains, how its clips are routed and what its losses weigh: one table."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import nn
 
@@ -15,6 +17,11 @@ if TYPE_CHECKING:
     from .config import TrainerConfig
 
 Routing = Literal["frozen", "base", "labels", "router"]
+Term = Literal[
+    "diffusion", "roi", "identity", "temporal", "entropy", "balance", "teacher_kl", "orthogonality"
+]
+TERMS: tuple[Term, ...] = get_args(Term)
+ROUTER_TERMS: tuple[Term, ...] = ("entropy", "balance", "teacher_kl")
 
 
 @dataclass(frozen=True)
@@ -27,22 +34,95 @@ class StageSpec:
     """frozen: no adapter at all; base: base adapter alone; labels: rule gates; router: learned gates."""
     lr: float
     schedule: Literal["constant", "cosine"]
+    epochs: float
+    warmup: int
     t_range: tuple[float, float] = (0.0, 1.0)
+    rank_dropout: float = 0.0
+    weights: Mapping[Term, float] = field(default_factory=dict)
+    """Of the losses; what is not named weighs 0."""
 
+
+_SHAPE: dict[Term, float] = {"diffusion": 1.0, "roi": 3.0, "identity": 0.5, "temporal": 0.5}
+_ROUTER: dict[Term, float] = {"entropy": 0.01, "balance": 0.05, "teacher_kl": 1.0}
 
 STAGES: dict[str, StageSpec] = {
-    "pretrain": StageSpec((), "frozen", 1e-3, "cosine"),
-    "a": StageSpec(("base",), "base", 1e-4, "constant"),
-    "b": StageSpec(("experts",), "labels", 5e-5, "cosine", (0.2, 1.0)),
-    "b+router": StageSpec(("experts", "router"), "router", 5e-5, "cosine", (0.2, 1.0)),
-    "c": StageSpec(("router",), "router", 1e-3, "cosine"),
+    "pretrain": StageSpec((), "frozen", 1e-3, "cosine", 20, 100, weights={"diffusion": 1.0}),
+    "a": StageSpec(("base",), "base", 1e-4, "constant", 10, 100, weights={"diffusion": 1.0, "roi": 3.0}),
+    "b": StageSpec(("experts",), "labels", 5e-5, "cosine", 15, 50, (0.2, 1.0), 0.05, _SHAPE),
+    "b+router": StageSpec(
+        ("experts", "router"), "router", 5e-5, "cosine", 20, 100, (0.2, 1.0), 0.05, _SHAPE | _ROUTER
+    ),
+    "c": StageSpec(
+        ("router",),
+        "router",
+        1e-3,
+        "cosine",
+        5,
+        20,
+        weights={"diffusion": 1.0, "roi": 1.0, "entropy": 0.05, "balance": 0.1, "teacher_kl": 1.0},
+    ),
 }
+# With the base beside the experts, all noise levels train: below 0.2 nothing else would.
+for _name in ("b", "b+router"):
+    _spec = STAGES[_name]
+    STAGES[_name.replace("b", "b+base", 1)] = StageSpec(
+        ("base", *_spec.trains),
+        _spec.routing,
+        _spec.lr,
+        _spec.schedule,
+        _spec.epochs,
+        _spec.warmup,
+        rank_dropout=_spec.rank_dropout,
+        weights=_spec.weights,
+    )
 
 
 def stage_name(config: TrainerConfig) -> str:
     """The row of the table that a config asks for."""
-    joint = config.train.stage == "b" and config.train.train_router
-    return "b+router" if joint else config.train.stage
+    if config.train.stage != "b":
+        return config.train.stage
+    return "b" + "+base" * config.train.train_base + "+router" * config.train.train_router
+
+
+def loss_weights(config: TrainerConfig, spec: StageSpec) -> dict[Term, float]:
+    """The weights above 0 of a stage's losses, as configured or by the stage.
+
+    A term of the router counts where a router trains, orthogonality where experts do: one `objective` section
+    serves all stages. Identity that is not asked for is left out without a classifier.
+
+    Raises:
+        WanmoeError: nothing is left.
+    """
+    asked: dict[Term, float | None] = {term: getattr(config.objective, term) for term in TERMS}
+    weights = {
+        term: spec.weights.get(term, 0.0) if given is None else given
+        for term, given in asked.items()
+        if ("router" in spec.trains or term not in ROUTER_TERMS)
+        and ("experts" in spec.trains or term != "orthogonality")
+    }
+    if config.objective.identity is None and config.objective.classifier is None:
+        weights.pop("identity")
+    weights = {term: weight for term, weight in weights.items() if weight > 0}
+    if not weights:
+        raise WanmoeError("every weight under [objective] is 0: nothing to train on")
+    return weights
+
+
+def part_of(name: str) -> str:
+    """The part that a trainable parameter belongs to, by its name; "model" in stage pretrain."""
+    if name.startswith("router."):
+        return "time_gate" if name.startswith("router.time_") else "router"
+    leaf = name.rsplit(".", 1)[-1]
+    return {"base_down": "base", "base_up": "base", "expert_down": "experts", "expert_up": "experts"}.get(
+        leaf, "model"
+    )
+
+
+def total_steps(config: TrainerConfig, spec: StageSpec, clips: int, global_batch: int) -> int:
+    """Optimizer steps of a run: as configured, or what its epochs over `clips` make."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return max(1, math.ceil((config.train.epochs or spec.epochs) * clips / global_batch))
 
 
 def select_trainable(spec: StageSpec, dit: WanDiT, adapter: Adapter | None) -> dict[str, nn.Parameter]:
@@ -61,9 +141,8 @@ def select_trainable(spec: StageSpec, dit: WanDiT, adapter: Adapter | None) -> d
         raise WanmoeError(
             f"nothing to train: the adapter has no {' and '.join(spec.trains)}; set router.mode"
         )
-    live = {id(p) for p in dit.parameters() if p.requires_grad}
-    if adapter.router is not None:
-        live |= {id(p) for p in adapter.router.parameters() if p.requires_grad}
+    modules = [dit, *(module for module in (adapter.router, adapter.time_gate) if module is not None)]
+    live = {id(p) for module in modules for p in module.parameters() if p.requires_grad}
     if live != {id(p) for p in wanted.values()}:
         raise WanmoeError("the parameters that require a gradient are not those of the stage; this is a bug")
     return wanted

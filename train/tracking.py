@@ -87,9 +87,9 @@ class Tracker:
             metrics = [Metric(key, float(value), now, step) for key, value in values.items()]
             self._try(lambda client: client.log_batch(self.run_id, metrics=metrics))
 
-    def artifact(self, path: Path) -> None:
-        """Copies a file to the MLflow run."""
-        self._try(lambda client: client.log_artifact(self.run_id, str(path)))
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Copies a file to the MLflow run, into a folder of its artifacts."""
+        self._try(lambda client: client.log_artifact(self.run_id, str(path), folder))
 
     def close(self, status: str = "FINISHED") -> None:
         self._try(lambda client: client.set_terminated(self.run_id, status=status))

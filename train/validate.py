@@ -1,12 +1,12 @@
-"""Held-out loss at fixed noise levels: the same clips, noise and t for every model that is compared.
+"""Held-out errors at fixed noise levels: the same clips, noise and t for every model that is compared.
 
 Letters: B clips, E experts, N held-out clips, T noise levels.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,23 +15,42 @@ from torch import Tensor
 from ..moe_lora import WanmoeError
 from .data.batch import Batch, Fault, LabelGates, collate
 from .data.shards import Sample, ShardDataset, ShardError
-from .objective import flow_matching_loss, noised, sample_generator
+from .losses import flow_matching_loss, roi_error, squared_error
+from .noise import noised, sample_generator
 
-LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+if TYPE_CHECKING:
+    from .engine import Routed
+
+# Quantiles of t within the side that a model serves.
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # Not the seed of the run: runs of different seeds are compared on the same noise.
 NOISE_SEED = 0
 
-Predict = Callable[[Tensor, Tensor, Batch], Tensor]
+Predict = Callable[[Tensor, Tensor, Batch], "Routed"]
 
 
-def levels_within(t_range: tuple[float, float]) -> tuple[float, ...]:
-    """The fixed levels of one side of the boundary; its middle where none lies inside."""
-    inside = tuple(t for t in LEVELS if t_range[0] <= t <= t_range[1])
-    return inside or (round(sum(t_range) / 2, 3),)
+class HeldOut(NamedTuple):
+    """Errors of every held-out clip; one that could not be read is 0 all along. A NaN is the model's own."""
+
+    loss: Tensor
+    """[N, T]: flow-matching error."""
+    roi: Tensor
+    """[N, T]: its mean inside the instruments' region; 0 for clips without one."""
+    gates: Tensor
+    """[N, E]: what the model got of each expert, before band and alpha."""
+    read: Tensor
+    """[N], bool"""
+    has_region: Tensor
+    """[N], bool"""
+
+
+def levels_within(side: tuple[float, float]) -> tuple[float, ...]:
+    """The nine fixed quantiles of one side of the boundary."""
+    return tuple(round(side[0] + (side[1] - side[0]) * share, 4) for share in LEVELS)
 
 
 @torch.no_grad()
-def held_out_losses(
+def held_out_errors(
     predict: Predict,
     dataset: ShardDataset,
     gates: LabelGates,
@@ -40,19 +59,20 @@ def held_out_losses(
     batch: int = 8,
     device: torch.device | str = "cpu",
     faults: list[Fault] | None = None,
-) -> Tensor:
-    """Flow-matching loss per clip and noise level, [N, T], whole on every rank of the process group if there
-    is one.
+) -> HeldOut:
+    """Errors per clip and noise level, whole on every rank of the process group if there is one.
 
     Args:
-        predict: (x_t [B, ...], t [B], batch) -> v. Called equally often on all ranks, as ZeRO-3 needs.
-        faults: takes the clips that this rank could not read, whose losses are then NaN; without it the
-            first of them is raised as ShardError.
+        predict: (x_t [B, ...], t [B], batch) -> v and gates. Called equally often on all ranks, as ZeRO-3
+            needs.
+        faults: takes the clips that this rank could not read; without it the first of them is raised as
+            ShardError.
     """
     distributed = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    losses = torch.zeros(len(dataset), len(levels), device=device)
-    read = torch.zeros(len(dataset), 1, device=device)
+    experts, columns = len(gates.rule.experts), len(levels)
+    # Per clip: the error at each level, that of its region, its gates, and whether it was read and has one.
+    figures = torch.zeros(len(dataset), 2 * columns + experts + 2, device=device)
     for indices, spare in _rounds(list(dataset.buckets.values()), batch, rank, world):
         samples = _read(dataset, indices, faults)
         own = list(samples)
@@ -61,17 +81,26 @@ def held_out_losses(
         indices = list(samples)
         clips = collate(list(samples.values()), indices, gates)
         latent = clips.latent.to(device, torch.float32)
+        picture = None if clips.picture is None else clips.picture.to(device)
         for column, level in enumerate(levels):
             t = torch.full((len(indices),), level, device=device)
             x_t, target = noised(latent, _noise(clips, level).to(device), t)
-            loss = flow_matching_loss(predict(x_t, t, clips), target)
+            routed = predict(x_t, t, clips)
             if own:
-                losses[own, column] = loss
-        read[own] = 1
+                error = squared_error(routed.v, target)
+                figures[own, column] = flow_matching_loss(error, picture)
+                for index, one in zip(own, error, strict=True):
+                    if (roi := samples[index].roi) is not None:
+                        figures[index, columns + column] = roi_error(one[None], roi[None].to(error))[0]
+                figures[own, 2 * columns : -2] = routed.kept.float()
+        for index in own:
+            figures[index, -2] = 1
+            region = samples[index].roi
+            figures[index, -1] = float(region is not None and bool(region.any()))
     if distributed:
-        dist.all_reduce(losses)
-        dist.all_reduce(read)
-    return losses.masked_fill(read == 0, math.nan).cpu()
+        dist.all_reduce(figures)
+    loss, roi, kept, read, region = figures.cpu().split([columns, columns, experts, 1, 1], dim=1)
+    return HeldOut(loss, roi, kept, read[:, 0] > 0, region[:, 0] > 0)
 
 
 def _rounds(

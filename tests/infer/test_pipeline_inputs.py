@@ -15,11 +15,13 @@ from wanmoe.infer import LoRAMoEInference, pipeline
 from wanmoe.infer.memory import Needs
 from wanmoe.infer.request import Job, make_job
 from wanmoe.infer.route import Wish
+from wanmoe.moe_lora import AdapterConfig, RouterConfig, attach, save_adapter
 from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.moe_lora.lora_file import write_lora
 from wanmoe.moe_lora.lora_merge import LoRASpec
-from wanmoe.moe_lora.video import read_metadata
+from wanmoe.moe_lora.video import read_image, read_metadata, to_model
 from wanmoe.moe_lora.wan import text
+from wanmoe.moe_lora.wan.codec import load_vae
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.text import HashTextEncoder
 from wanmoe.moe_lora.wan.weights import load_dit
@@ -178,3 +180,38 @@ def test_a_card_that_is_too_small_is_said_before_the_first_step(
     card(10.7)
     with pytest.raises(WanmoeError, match=r"modelled need on the card 10.8 GB.* 10.7 of 80 GB are free"):
         inference._fits_batched(job(inference, 81, (720, 1280)))
+
+
+def test_the_router_of_an_i2v_adapter_reads_the_first_frame(
+    files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A classifier is given the first latent frame, whatever follows, and its logits decide."""
+    dit = load_dit(files / "i2v.safetensors")
+    router = RouterConfig(mode="learned", first_frame_classes=2, time_gate="learned")
+    adapter = attach(dit, AdapterConfig(blocks=2), router)
+    assert adapter.router is not None
+    adapter.router.hidden.weight.data[:, -2:] *= 100
+    weights = save_adapter(adapter, tmp_path / "a.safetensors", stage="c", step=1)
+    frames: list[torch.Tensor] = []
+
+    def classifier(latent: torch.Tensor) -> torch.Tensor:
+        frames.append(latent)
+        return torch.tensor([[9.0, -9.0]])
+
+    gates = []
+    for judge in (classifier, None):
+        model = LoRAMoEInference(
+            "i2v", files / "i2v.safetensors", lora_moe_weights=weights, **MODEL, first_frame=judge
+        )
+        caplog.clear()
+        with caplog.at_level("INFO", logger="wanmoe.infer"):
+            path = tmp_path / "v.mp4"
+            model.generate("tissue", image_path=files / "image.png", **FAST, output_path=path)
+        written = read_metadata(path)
+        gates.append(json.loads(written["gates"])["low"]["gates"])
+        assert json.loads(written["settings"])["ema"] == {"low": 0.5}
+        assert ("which it was not given" in caplog.text) == (judge is None)
+    assert [tuple(latent.shape) for latent in frames] == [(1, 16, 1, 4, 6)]
+    picture = to_model(read_image(files / "image.png", (32, 48))[None])
+    torch.testing.assert_close(frames[0], load_vae("haar").encode(picture[None]))
+    assert gates[0] != gates[1]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from wanmoe.infer.side import Cast, Denoiser, Side
+from wanmoe.moe_lora import RouterConfig, WanmoeError
 from wanmoe.moe_lora.adapter import AdapterConfig, attach
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
@@ -220,3 +221,34 @@ def test_a_compiled_side_gives_the_same(inputs):
     torch.testing.assert_close(
         run(side, inputs, other), run(Side("low", *model(), CPU), inputs, other), rtol=0, atol=1e-5
     )
+
+
+def timed_model():
+    """An adapter whose experts have factors of t of their own."""
+    dit, _ = model()
+    again = WanDiT(CONFIG)
+    again.load_state_dict(dit.state_dict(), strict=False)
+    adapter = attach(again, AdapterConfig(blocks=2, ffn_blocks=1), RouterConfig(time_gate="learned"))
+    adapter.time_gate.center.data.copy_(torch.tensor([0.2, 0.4, 0.6, 0.8]))
+    return again, adapter
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_learned_time_gate_acts_at_every_step_and_is_where_t_is(inputs, resident):
+    dit, adapter = timed_model()
+    moved = []
+    adapter.time_gate.to = lambda device: moved.append(device)
+    side = CardSide("low", dit, adapter, CPU, resident=resident)
+    assert moved == [CPU]
+    cast = Cast(4)
+    for t in (0.7, 0.3):
+        run(side, inputs, t=t, cast=cast)
+        with torch.no_grad():
+            expected = MIX * 1.2 * adapter.time_gate(torch.tensor([t]))
+        torch.testing.assert_close(cast.records[-1].gates, expected)
+        cast.step += 1
+
+
+def test_merged_weights_under_a_learned_time_gate_are_refused():
+    with pytest.raises(WanmoeError, match="has a learned time gate, which changes it at every step"):
+        Side("low", *timed_model(), CPU, merged=True)

@@ -21,20 +21,22 @@ from wanmoe.train.synth import synth_clips
 OPTIONS = {
     "synth": "out clips val size frames seed instruments background",
     "clips": "out videos format times video frames fps seconds experts val-fraction seed licence",
-    "prepare": "clips cache out vae text tokenizer size frames fps stride val-fraction task experts seed "
-    "device ranks",
+    "prepare": "clips cache out vae text tokenizer size frames fps stride val-fraction task experts "
+    "router-prompts seed device ranks",
     "data": "",
     "data verify": "",
     "data repair": "apply",
     "data stats": "json",
     "data show": "out vae split samples key any-codec device",
     "train": "config",
+    "train-classifier": "shards out config space vae steps batch lr seed device",
+    "train-detector": "shards out steps batch lr seed device",
     "evaluate": "dit shards adapter wrong-expert out",
     "generate": "prompt prompts model dit dit-high-noise vae text t5 tokenizer clip task output-path "
     "lora-moe-weights lora-moe-config-file fold-timestep lora instrument-hint mix schedule ema "
     "image-path last-image-path num-frames video-size num-steps guidance-scale "
     "guidance-scale-high-noise flow-shift solver sample-solver negative-prompt alpha-base "
-    "alpha-expert seed device dtype merged compile vae-tiling any-base",
+    "alpha-expert seed device dtype merged compile vae-tiling any-base classifier",
     "convert": "to out instrument mix alpha-base alpha-expert rank dit dit-high-noise any-base base config "
     "lora-moe-config-file fold-timestep noise-expert dtype",
     "inspect": "json hash lora-moe-config-file",
@@ -42,6 +44,7 @@ OPTIONS = {
     "bench": "suite rows variants out device",
     "bench block": "tokens preset compiled out device",
     "bench data": "samples latent tokens workers rounds scratch out",
+    "bench recipes": "rows seeds out jobs",
     "bench tune": "linears tokens",
     "bench resources": "archs out",
 }

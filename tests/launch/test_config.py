@@ -29,7 +29,7 @@ def path(tmp_path):
 
 def test_defaults_and_paths(path, tmp_path):
     config = load_config(path)
-    assert config.train.steps == 1000 and config.adapter.rank_q == 8
+    assert config.train.steps is None and config.adapter.rank_q == 8
     assert config.model.dit == tmp_path / "base.safetensors" and config.train.run == tmp_path / "runs" / "a"
 
 
@@ -40,6 +40,8 @@ def test_every_key_can_be_set_on_the_command_line(path):
         "--optimizer.lr=1e-3",
         "--adapter.blocks",
         "last_4",
+        "--train.stage",
+        "b",
         "--train.train-router",
         "true",
     ]
@@ -58,6 +60,21 @@ def test_every_key_can_be_set_on_the_command_line(path):
         ("[trian]\nsteps = 3", "unknown key 'trian'; nearest is 'train'"),
         ("[train]\nsteps = -1", "train.steps: Input should be greater than or equal to 1 (got -1)"),
         ("[train]\nstage = 'd'", "train.stage: Input should be 'pretrain', 'a', 'b' or 'c' (got 'd')"),
+        ("[train]\nsteps = 3\nepochs = 2", "train: give train.steps or train.epochs, not both"),
+        ("[train]\ntrain_base = true", "train: train.train_router and train.train_base are for stage b"),
+        (
+            "[train]\nearly_stop = 'val/loss'",
+            "train: train.early_stop needs validations: set train.val_every",
+        ),
+        (
+            "[objective]\ntemporal_on = 'lpips'",
+            'objective: objective.temporal_on = "lpips" needs its weights',
+        ),
+        (
+            "[objective]\ntemporal_on = 'pixels'",
+            'objective.temporal_on = "pixels" needs a codec: objective.vae',
+        ),
+        ("[router]\nmax_gate = 0.4", "router: router.max_gate = 0.4 leaves less than 1 for 2 experts"),
         ("[router]\nbands = [[0.5, 1.0]]", "router.bands: bands must start at t = 0 and rise"),
         ("[model]\npreset = 'tiny'\ndit = 'x'", "model: give exactly one of model.dit"),
         ("[adapter]\nrank_q = 'eight'", "adapter.rank_q: Input should be a valid integer"),

@@ -26,6 +26,7 @@ from wanmoe.moe_lora.wan.codec import load_vae
 from wanmoe.moe_lora.wan.text import load_text_encoder
 from wanmoe.train.data.clip_list import read_clip_list
 from wanmoe.train.data.prepare import prepare
+from wanmoe.train.data.router_prompts import router_prompts
 from wanmoe.train.data.shards import ShardDataset, read_manifest
 from wanmoe.train.data.spool import Spool
 from wanmoe.train.data.store import open_store
@@ -66,7 +67,8 @@ def whole(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
     out = tmp_path_factory.mktemp("whole") / "s"
     encoders: dict[str, Any] = {"codec": load_vae("haar"), "text_encoder": load_text_encoder("hash")}
     options: dict[str, Any] = {"size": (64, 64), "frames": 9, "fps": 16.0, "progress": False}
-    prepare(read_clip_list(clips), out, experts=ExpertSet(), **encoders, **options)
+    prompts = router_prompts(ExpertSet())
+    prepare(read_clip_list(clips), out, experts=ExpertSet(), router_prompts=prompts, **encoders, **options)
     return contents(out)
 
 
@@ -203,6 +205,27 @@ def test_sizes_and_lengths_may_be_given_several_times(
     assert (manifest["sizes"], manifest["frames"]) == ([[64, 32], [32, 64]], [9, 5])
     counts = {bucket: len(own) for bucket, own in ShardDataset(tmp_path / "s").buckets.items()}
     assert counts == {(2, 4, 8): 1, (2, 8, 4): 1, (3, 4, 8): 1, (3, 8, 4): 1}
+
+
+def test_prompts_of_a_router_are_made_from_the_keywords_or_read_or_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "c").mkdir()
+    write_video(tmp_path / "c" / "hook.mp4", torch.zeros(9, 64, 64, 3, dtype=torch.uint8), 16)
+    (tmp_path / "own.jsonl").write_text('{"prompt": "钩", "instruments": ["hook"]}\n')
+    words = ("--clips", tmp_path / "c", "--out", tmp_path / "s", *OPTIONS, "--val-fraction", 0)
+    made = router_prompts(ExpertSet(), 5)
+    for more, texts in (
+        (("--seed", 5), tuple(prompt.text for prompt in made)),
+        (("--router-prompts", tmp_path / "own.jsonl"), ("钩",)),
+        (("--router-prompts", "none"), None),
+    ):
+        code, told = run(monkeypatch, capsys, *words, *more)
+        assert code == 0, told
+        found = ShardDataset(tmp_path / "s").router_prompts()
+        assert (found and found.texts) == texts
+    code, told = run(monkeypatch, capsys, *words, "--router-prompts", "nowhere.jsonl")
+    assert code == 2 and told.startswith("wanmoe: error: nowhere.jsonl: the router prompts cannot be read: ")
 
 
 def test_words_for_sizes() -> None:

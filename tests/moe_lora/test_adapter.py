@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wanmoe.moe_lora import AdapterConfig, Expert, Gates, RouterConfig, WanmoeError, attach
-from wanmoe.moe_lora.adapter import LoRAMoELinear
+from wanmoe.moe_lora.adapter import LoRAMoELinear, start_experts_from_base
+from wanmoe.moe_lora.routing import learned_gates
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
 
@@ -190,11 +191,13 @@ class NoHostSync(TorchDispatchMode):
 
 
 def test_no_host_sync_and_no_control_flow_on_data(dit, clip):
-    adapter = randomise(attach(dit, SMALL, RouterConfig(mode="learned")))
+    config = RouterConfig(mode="learned", time_gate="learned", max_gate=0.6)
+    adapter = randomise(attach(dit, SMALL, config))
     adapter.train_only(("experts", "router"))
     with NoHostSync():
-        probs = adapter.router(torch.stack([c.mean(0) for c in clip["context"]]))
-        dit(**clip, gates=adapter.gates(probs, clip["t"], tokens=12)).square().mean().backward()
+        probs = adapter.router(torch.stack([c.mean(0) for c in clip["context"]]), torch.randn(2, 4))
+        kept = learned_gates(probs, config, training=True)
+        dit(**clip, gates=adapter.gates(kept, clip["t"], tokens=12)).square().mean().backward()
     with torch.device("meta"):
         meta = WanDiT(dit.config)
     on_meta = attach(meta, SMALL)
@@ -330,3 +333,68 @@ def test_a_base_before_the_experts_keeps_the_prefix_until_it_trains(dit, clip):
 def test_base_ranks_of_a_linear_that_is_not_there_are_refused(dit):
     with pytest.raises(WanmoeError, match=r"base_ranks: this model of 4 blocks has no blocks\.7\.ffn\.0"):
         attach(dit, AdapterConfig(blocks=1, base_ranks={"blocks.7.ffn.0": 4}))
+
+
+def test_one_rank_of_the_base_for_every_linear_but_those_that_have_their_own(dit):
+    own = {"blocks.3.self_attn.q": 3, "blocks.0.ffn.2": 5}
+    config = AdapterConfig(blocks=2, ffn_blocks=1, rank_base=16, base_ranks=own)
+    adapter = attach(dit, config)
+    found = {name: linear.base_down.shape[0] for name, linear in adapter.modules.items()}
+    assert {name: rank for name, rank in found.items() if rank != 16} == own
+    linear = adapter.modules["blocks.3.ffn.0"]
+    assert linear.expert_down.shape[:2] == (4, 4)
+    assert (linear.scale_base, linear.scale_expert) == (4 / 16, 4 / 4)
+    assert config.linears(4) == {
+        name: (found[name], linear.expert_down.shape[1] if linear.experts else None)
+        for name, linear in adapter.modules.items()
+    }
+
+
+def test_experts_that_start_from_the_base_change_nothing_and_are_left_alone_once_trained(dit, clip):
+    adapter = randomise(attach(dit, WIDE_BASE.model_copy(update={"base_ranks": {"blocks.0.ffn.2": 5}})))
+    for linear in adapter.modules.values():
+        linear.expert_up.data.zero_()
+    before = dit(**clip, gates=one_hot(adapter, 1, clip["t"]))
+    assert start_experts_from_base(adapter)
+    assert torch.equal(dit(**clip, gates=one_hot(adapter, 1, clip["t"])), before)
+    for linear in adapter.modules.values():
+        assert all(torch.equal(down, linear.base_down) for down in linear.expert_down)
+        assert not linear.expert_up.any()
+    assert adapter.config.expert_init == "base"
+    randomise(adapter)
+    kept = adapter.modules["blocks.3.self_attn.q"].expert_down.clone()
+    assert not start_experts_from_base(adapter)
+    assert torch.equal(adapter.modules["blocks.3.self_attn.q"].expert_down, kept)
+
+
+def test_experts_of_another_rank_cannot_start_from_the_base(dit):
+    adapter = attach(dit, SMALL.model_copy(update={"rank_base": 8}))
+    before = {name: value.clone() for name, value in adapter.parameters().items()}
+    with pytest.raises(WanmoeError, match=r"blocks.2.self_attn.k has a base of rank 8 and experts of rank 4"):
+        start_experts_from_base(adapter)
+    assert all(torch.equal(value, before[name]) for name, value in adapter.parameters().items())
+
+
+def test_a_floor_keeps_every_expert_on_and_the_band_still_holds(dit):
+    adapter = attach(dit, SMALL, RouterConfig(floor=0.25))
+    hint = torch.tensor([[0.0, 1.0, 0.0, 0.0]])
+    for t, factor in ((0.9, 1.0), (0.3, 0.5), (0.1, 0.0)):
+        gates = adapter.gates(hint, torch.tensor([t]), tokens=6)
+        torch.testing.assert_close(gates.experts, factor * torch.tensor([[0.25, 1.0, 0.25, 0.25]]))
+    adapter.router_config = RouterConfig(bands=((0.0, 1.0),))
+    exact = adapter.gates(hint, torch.tensor([0.9]), tokens=6)
+    assert torch.equal(exact.experts, hint)  # trap A12: without a floor a hint is one-hot to the bit
+
+
+def test_a_contrast_keeps_the_sum_and_grows_towards_noise(dit):
+    """Shared at little noise, then routed: 1 + 3 w for the routed of four, 1 - w for the others."""
+    adapter = attach(dit, SMALL, RouterConfig(time_gate="contrast"))
+    hint, mix, nothing = [0.0, 1.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0], [0.0] * 4
+    for t, w in ((0.1, 0.0), (0.3, 0.0), (0.6, 0.125), (0.9, 0.25), (1.0, 0.25)):
+        rows = adapter.gates(torch.tensor([hint, mix, nothing]), torch.full((3,), t), tokens=6).experts
+        torch.testing.assert_close(rows[0], torch.tensor([1 - w, 1 + 3 * w, 1 - w, 1 - w]))
+        torch.testing.assert_close(rows[1], torch.tensor([1 + w, 1 + w, 1 - w, 1 - w]))
+        torch.testing.assert_close(rows[2], torch.ones(4))
+        torch.testing.assert_close(rows.sum(1), torch.full((3,), 4.0))
+    with pytest.raises(ValueError, match="contrast must rise in t with widths from 0 to 1"):
+        RouterConfig(contrast=((0.5, 0.0), (0.2, 1.0)))

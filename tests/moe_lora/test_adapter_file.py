@@ -17,7 +17,13 @@ from wanmoe.moe_lora import (
     load_adapter,
     save_adapter,
 )
-from wanmoe.moe_lora.adapter_file import read_adapter, read_adapter_info
+from wanmoe.moe_lora.adapter_file import (
+    has_router,
+    has_time_gate,
+    read_adapter,
+    read_adapter_info,
+    router_of,
+)
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
 
@@ -213,3 +219,86 @@ def test_a_file_without_a_router_starts_one_afresh(dit, tmp_path):
     loaded = load_adapter(path, fresh(dit), router=RouterConfig(mode="learned"))
     assert loaded.router is not None and loaded.router.out.weight.abs().sum() > 0
     shutil.rmtree(tmp_path)
+
+
+NEW_KEYS = {
+    "adapter": ("rank_base", "expert_init"),
+    "router": ("train_gates", "max_gate", "logit_noise", "first_frame_classes", "time_gate", "ema"),
+}
+
+
+def test_a_file_from_before_the_newer_keys_loads_as_it_was(saved, dit, clip, tmp_path):
+    adapter, path = saved
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118
+    info = json.loads(metadata["info"])
+    for section, keys in NEW_KEYS.items():
+        for key in keys:
+            del info[section][key]
+    old = tmp_path / "old.safetensors"
+    save_file(tensors, old, metadata=metadata | {"info": json.dumps(info)})
+    loaded = load_adapter(old, fresh(dit), noise_expert="high")
+    assert loaded.config == adapter.config and loaded.router_config == adapter.router_config
+    assert loaded.time_gate is None
+    pooled = torch.randn(2, 12)
+    assert torch.equal(loaded.router(pooled), adapter.router(pooled))
+    gates = [each.gates(torch.eye(2), clip["t"], tokens=12) for each in (loaded, adapter)]
+    assert torch.equal(gates[0].experts, gates[1].experts)
+
+
+def test_a_learned_time_gate_travels_with_the_file(dit, tmp_path):
+    adapter = attach(dit, CONFIG, RouterConfig(time_gate="learned", max_gate=0.9, ema=0.9))
+    for parameter in adapter.time_gate.parameters():
+        torch.nn.init.normal_(parameter)
+    path = save_adapter(adapter, tmp_path / "a.safetensors", stage="b", step=1)
+    info, tensors = read_adapter(path)
+    assert has_time_gate(tensors) and not has_router(tensors)
+    assert {name for name in tensors if name.startswith("router.")} == {
+        "router.time_center",
+        "router.time_slope",
+    }
+    loaded = load_adapter(path, fresh(dit))
+    assert loaded.router is None and loaded.router_config == adapter.router_config == info.router
+    t = torch.rand(3)
+    assert torch.equal(loaded.time_gate(t), adapter.time_gate(t))
+    joined = load_adapter(path, fresh(dit), router=RouterConfig(mode="learned"))
+    assert joined.router is not None and torch.equal(joined.time_gate(t), adapter.time_gate(t))
+
+
+def test_a_learned_time_gate_is_never_dropped_and_never_made_up(dit, tmp_path):
+    learned = RouterConfig(time_gate="learned")
+    adapter = attach(dit, CONFIG, learned)
+    path = save_adapter(adapter, tmp_path / "a.safetensors", stage="b", step=1)
+    with pytest.raises(WanmoeError, match=r"holds a learned time gate, which router.time_gate = 'bands'"):
+        load_adapter(path, fresh(dit), router=RouterConfig(time_gate="bands"))
+    adapter.time_gate = None
+    save_adapter(adapter, path, stage="b", step=1)
+    with pytest.raises(WanmoeError, match="says that its time gate is learned, but holds none"):
+        load_adapter(path, fresh(dit))
+    plain = save_adapter(attach(fresh(dit), CONFIG), tmp_path / "b.safetensors", stage="a", step=1)
+    started = load_adapter(plain, fresh(dit), router=learned)
+    assert started.time_gate(torch.tensor([0.35])).tolist() == [[0.5, 0.5]]
+
+
+def test_a_router_is_read_without_a_model(dit, tmp_path):
+    config = RouterConfig(
+        mode="learned", hidden_dim=6, temperature=0.3, first_frame_classes=3, time_gate="learned"
+    )
+    adapter = attach(dit, CONFIG, config)
+    path = save_adapter(adapter, tmp_path / "a.safetensors", stage="c", step=1)
+    info, tensors = read_adapter(path)
+    pooled, evidence = torch.randn(2, 12), torch.randn(2, 3)
+    router = router_of(info, tensors, path)
+    assert torch.equal(router(pooled, None, evidence), adapter.router(pooled, None, evidence))
+    with pytest.raises(WanmoeError, match=r"a.safetensors: its router is not the one that it describes"):
+        router_of(info, tensors | {"router.out.bias": torch.zeros(7)}, path)
+    with pytest.raises(WanmoeError, match=r"a.safetensors: it holds no learned router"):
+        router_of(info, {n: v for n, v in tensors.items() if "time" in n}, path)
+
+
+def test_rank_and_start_of_the_base_travel_with_the_file(dit, tmp_path):
+    config = CONFIG.model_copy(update={"rank_base": 6, "expert_init": "base"})
+    path = save_adapter(attach(dit, config), tmp_path / "a.safetensors", stage="a", step=1)
+    loaded = load_adapter(path, fresh(dit))
+    assert loaded.config == config
+    assert {linear.base_down.shape[0] for linear in loaded.modules.values()} == {6}

@@ -1,23 +1,19 @@
-"""Gates from rules and from the learned router (traps A4, A10, A12, A13, A22, A25, A27)."""
+"""Gates from rules and from the learned router (traps A4, A10, A12, A13, A25, A27)."""
 
 import pytest
 import torch
-from pydantic import ValidationError
 
-from wanmoe.moe_lora import ExpertSet, Gates, RouterConfig, WanmoeError
+from wanmoe.moe_lora import ExpertSet, Gates, WanmoeError
 from wanmoe.moe_lora.instruments import CHOLEC
 from wanmoe.moe_lora.routing import (
     LearnedRouter,
     RuleRouter,
-    band,
     ema_over_frames,
     pool_text,
-    teacher_kl,
     top_k,
 )
 
 RULE = RuleRouter(ExpertSet())
-BANDS = RouterConfig().bands
 
 
 def test_a_hint_is_exactly_one_hot():
@@ -70,17 +66,6 @@ def test_hints_mixes_and_labels_speak_either_taxonomy():
     assert RULE.route(mix={"bipolar": 1.0, "hook": 2.0, "grasper": 1.0}).tolist() == [0, 0.75, 0, 0.25]
 
 
-def test_bands_are_off_half_full():
-    t = torch.tensor([0.0, 0.19, 0.2, 0.59, 0.6, 1.0])
-    assert band(t, BANDS).tolist() == [0, 0, 0.5, 0.5, 1, 1]
-
-
-@pytest.mark.parametrize("bands", [[], [(0.1, 1.0)], [(0.0, 1.0), (0.5, 1.0), (0.4, 0.0)]])
-def test_bands_that_do_not_cover_t_are_refused(bands):
-    with pytest.raises(ValidationError, match="must start at t = 0 and rise"):
-        RouterConfig(bands=bands)
-
-
 def test_top_k_keeps_the_sum_and_the_gradient():
     gates = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]], requires_grad=True)
     kept = top_k(gates, 2)
@@ -123,16 +108,9 @@ def test_learned_router_sums_to_one_ignores_scale_and_learns_from_a_teacher():
     torch.testing.assert_close(router(pooled * 100), probs, atol=1e-4, rtol=1e-3)
     teacher = torch.eye(4)[:2]
     optimizer = torch.optim.Adam(router.parameters(), 1e-2)
-    before = teacher_kl(probs, teacher).item()
+    before = -(teacher * probs.log()).sum().item()
     for _ in range(100):
         optimizer.zero_grad()
-        teacher_kl(router(pooled), teacher).backward()
+        (-(teacher * router(pooled).log()).sum()).backward()
         optimizer.step()
-    assert teacher_kl(router(pooled), teacher).item() < 0.1 * before
-
-
-def test_teacher_kl_is_zero_at_the_teacher_and_skips_rows_without_evidence():
-    teacher = torch.tensor([[0.7, 0.3], [0.0, 0.0]])
-    probs = torch.tensor([[0.7, 0.3], [0.5, 0.5]])
-    assert float(teacher_kl(probs, teacher)) == pytest.approx(0, abs=1e-6)
-    assert float(teacher_kl(torch.tensor([[0.5, 0.5], [0.5, 0.5]]), teacher)) > 0.05
+    assert -(teacher * router(pooled).log()).sum().item() < 0.1 * before

@@ -22,7 +22,7 @@ STAND_IN = {"name": "test", "fingerprint": "0" * 64, "stand_in": True}
 CONFIG = WanConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=3, text_dim=16, text_len=8, freq_dim=16)
 
 
-def write_shards(root: Path, labelled: bool = True, count: int = 12) -> Path:
+def write_shards(root: Path, labelled: bool = True, count: int = 12, marks: bool = True) -> Path:
     """Clips whose latent has a pattern of their instrument, so that there is something to learn."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randn(4, 16, 2, 4, 4, generator=generator)
@@ -34,7 +34,16 @@ def write_shards(root: Path, labelled: bool = True, count: int = 12) -> Path:
             instruments = [{"name": NAMES[label], "weight": 1.0}] if labelled else []
             split = "train" if index < count else "val"
             meta = {"caption": "a clip", "instruments": instruments, "source": f"{split}{index}"}
-            writer.add(f"{split}_{index:03d}_abcdef01", split, latent, context, meta)
+            region = torch.zeros(2, 4, 4, dtype=torch.uint8)
+            region[:, label : label + 1, 1:3] = 255
+            parts = {
+                "roi": region,
+                "flow": 0.5 * torch.randn(1, 2, 4, 4, generator=generator).half(),
+                "visible": torch.full((1, 4, 4), 255, dtype=torch.uint8),
+            }
+            writer.add(
+                f"{split}_{index:03d}_abcdef01", split, latent, context, meta, **(parts if marks else {})
+            )
     return root
 
 
@@ -61,6 +70,7 @@ def config(shards, base, tmp_path) -> dict:
         "model": {"dit": str(base)},
         "adapter": {"blocks": 2, "ffn_blocks": 1},
         "data": {"shards": str(shards), "batch": 1, "workers": 0},
+        "objective": {"identity": 0},
         "optimizer": {"lr": 1e-2, "warmup_steps": 2},
         "train": {"stage": "a", "run": str(tmp_path / "run"), "steps": 6, "log_every": 1},
         "tracking": {"enabled": False},

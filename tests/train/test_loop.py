@@ -38,6 +38,7 @@ def stages(launcher, shards, base, tmp_path_factory):
             "model": {"dit": str(base)}
             | ({"adapter": str(root / before / "adapter.safetensors")} if before else {}),
             "data": {"shards": str(shards), "batch": 1},
+            "objective": {"identity": 0},
             "optimizer": {"lr": 1e-2, "warmup_steps": 2},
             "train": {
                 "stage": stage,
@@ -190,6 +191,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_sample(launcher
             latent = (torch.randn(16, 2, 4, 4) * scale).bfloat16()
             writer.add(f"clip_{index:03d}_abcdef01", split, latent, torch.randn(2, 16), meta)
     config["data"]["shards"] = str(tmp_path / "huge")
+    config["objective"]["roi"] = 0
     config["train"] |= {"max_bad_steps": 2, "accumulation": 2}
     process = launcher.start(config, tmp_path / "config.toml")
     output, _ = process.communicate(timeout=300)

@@ -92,7 +92,7 @@ def test_pretrain_starts_from_the_seed(config):
     made.train.stage = "pretrain"
     first, adapter = load_model(made)
     again, _ = load_model(made)
-    assert adapter is None and file_hashes(made) == {"base_sha256": "", "adapter_sha256": ""}
+    assert adapter is None and set(file_hashes(made).values()) == {""}
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
 
 

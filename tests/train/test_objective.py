@@ -1,64 +1,252 @@
-"""Flow matching and the distribution of t (traps A19)."""
+"""The weighted sum: what each term is given, that it stands alone, and that weight 0 costs nothing."""
+
+import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from wanmoe.train.config import ObjectiveConfig
-from wanmoe.train.objective import draw_t, flow_matching_loss, noised, sample_generator
+from wanmoe.launch.config import parse_config
+from wanmoe.moe_lora import AdapterConfig, RouterConfig, WanmoeError, attach
+from wanmoe.moe_lora.instruments import SURGICAL
+from wanmoe.moe_lora.wan.weights import load_dit
+from wanmoe.train import losses
+from wanmoe.train import objective as objective_module
+from wanmoe.train.data.batch import LabelGates, collate
+from wanmoe.train.data.shards import ShardDataset
+from wanmoe.train.engine import RoutedDiT, whole_router
+from wanmoe.train.judges.judge import Classifier, JudgeInfo, save_judge
+from wanmoe.train.objective import Objective
+from wanmoe.train.stages import STAGES, TERMS, loss_weights, stage_name
 
-U = torch.arange(20_000, dtype=torch.float64).add(0.5) / 20_000
-CONFIGS = [
-    ObjectiveConfig(),
-    ObjectiveConfig(t_shift=5.0),
-    ObjectiveConfig(t_sampling="logit_normal", t_mean=0.5, t_std=1.2),
-    ObjectiveConfig(t_sampling="logit_normal", t_shift=3.0),
-]
-
-
-def test_x_t_and_v():
-    x0, noise = torch.randn(2, 16, 3, 4, 4), torch.randn(2, 16, 3, 4, 4)
-    x_t, v = noised(x0, noise, torch.tensor([0.0, 0.25]))
-    assert torch.equal(x_t[0], x0[0])
-    torch.testing.assert_close(x_t[1], 0.75 * x0[1] + 0.25 * noise[1])
-    torch.testing.assert_close(x_t - torch.tensor([0.0, 0.25]).view(2, 1, 1, 1, 1) * v, x0)
+EVERY = dict.fromkeys(TERMS, 1.0) | {"roi": 3.0, "identity": 0.5, "entropy": 0.01, "balance": 0.05}
+CPU = torch.device("cpu")
 
 
-def test_the_loss_is_the_mean_square_per_clip():
-    loss = flow_matching_loss(
-        torch.ones(2, 16, 1, 2, 2), torch.tensor([1.0, 4.0]).view(2, 1, 1, 1, 1).expand(2, 16, 1, 2, 2)
+@pytest.fixture(scope="module", autouse=True)
+def group(tmp_path_factory):
+    """A process group of one: the window of the router asks its ranks."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def info(manifest, experts=SURGICAL):
+    return JudgeInfo(
+        experts=experts,
+        sizes=("2x4x4",),
+        codec=manifest["codec"],
+        shards_sha256="",
+        clips=12,
+        steps=1,
+        batch=1,
+        lr=1.0,
+        seed=0,
+        held_out={},
+        versions={},
     )
-    assert loss.tolist() == [0, 9]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("t_range", [(0.875, 1.0), (0.0, 0.9), (0.2, 0.6)])
-def test_a_slice_has_the_shape_of_the_whole_inside_and_nothing_outside(config, t_range):
-    whole = draw_t(U, config, (0.0, 1.0))
-    part = draw_t(U, config, t_range)
-    low, high = t_range
-    assert part.min() >= low and part.max() <= high
-    inside = whole[(whole >= low) & (whole <= high)].double()
-    quantiles = torch.linspace(0.01, 0.99, 25, dtype=torch.float64)
-    expected = torch.quantile(inside, quantiles)
-    torch.testing.assert_close(torch.quantile(part.double(), quantiles), expected, atol=2e-3, rtol=0)
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory, shards):
+    """A classifier with random weights: what it says does not matter here, that it is asked does."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("judge") / "classifier.safetensors"
+    save_judge(Classifier(info(ShardDataset(shards, "train").manifest)), path)
+    return path
 
 
-def test_uniform_and_shift_are_what_they_say():
-    assert float(draw_t(U, ObjectiveConfig(), (0, 1)).mean()) == pytest.approx(0.5, abs=1e-3)
-    half = draw_t(torch.tensor([0.5]), ObjectiveConfig(t_shift=5.0), (0, 1))
-    assert float(half) == pytest.approx(5 * 0.5 / (1 + 4 * 0.5))
+@pytest.fixture
+def make(base, shards, classifier, config):
+    """`make(stage, **objective)`: an objective, its model, and three clips."""
+
+    def build(stage, source=shards, keys=None, router=None, **terms):
+        judged = {} if terms.pop("no_classifier", False) else {"classifier": str(classifier)}
+        tree = config | {
+            "data": config["data"] | {"shards": str(source)},
+            "objective": judged | terms,
+            "router": {"mode": "learned", **(router or {})},
+            "train": config["train"] | {"stage": stage.split("+")[0]} | (keys or {}),
+        }
+        if "+router" in stage:
+            tree["train"] = tree["train"] | {"train_router": True}
+        parsed = parse_config(tree, "test")
+        assert stage_name(parsed) == stage
+        dit = load_dit(base)
+        adapter = attach(dit, AdapterConfig(blocks=2), RouterConfig(**tree["router"]))
+        for name, parameter in adapter.parameters().items():
+            if name.endswith("_up"):
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+        data, spec = ShardDataset(source, "train"), STAGES[stage]
+        gates = LabelGates(adapter.experts, adapter.router_config, needed=spec.routing != "base")
+        own = Objective(
+            parsed,
+            spec,
+            adapter,
+            data,
+            gates,
+            t_range=(0.3, 0.9),
+            global_batch=3,
+            steps=10,
+            caption_dropout=0.0,
+            device=CPU,
+        )
+        batch = collate([data[index] for index in (0, 1, 2)], [0, 1, 2], gates)
+        model = RoutedDiT(dit, adapter, spec, overlap="orthogonality" in own.weights)
+        return own, model, batch
+
+    return build
 
 
-@pytest.mark.parametrize("t_range", [(0.5, 0.5), (-0.1, 1.0), (0.0, 1.1)])
-def test_bad_ranges_are_refused(t_range):
-    with pytest.raises(ValueError, match="objective.t_range must rise within"):
-        ObjectiveConfig(t_range=t_range)
+def run(own, model, batch, step=0):
+    own.open_window([batch], whole_router(model.adapter) if own.learns else None)
+    return own(batch, step, torch.float32, lambda inputs: model(*inputs))
 
 
-def test_random_streams_depend_on_seed_position_and_purpose_alone():
-    def draw(*arguments):
-        return torch.randn(4, generator=sample_generator(*arguments))
+def test_the_total_is_the_weighted_sum_of_all_terms(make):
+    loss = run(*make("b+router", **EVERY))
+    assert set(loss.terms) == set(TERMS)
+    total = sum(EVERY[name] * float(value) for name, value in loss.terms.items())
+    assert loss.total.item() == pytest.approx(total, rel=1e-5)
+    assert all(math.isfinite(float(value)) and float(value) != 0 for value in loss.terms.values())
 
-    assert torch.equal(draw(0, 7, "noise"), draw(0, 7, "noise"))
-    others = [draw(1, 7, "noise"), draw(0, 8, "noise"), draw(0, 7, "caption")]
-    assert not any(torch.equal(draw(0, 7, "noise"), other) for other in others)
+
+@pytest.mark.parametrize("gone", TERMS)
+def test_removing_a_term_changes_its_own_alone_and_it_is_not_computed(make, monkeypatch, gone):
+    whole = run(*make("b+router", **EVERY))
+    own, model, batch = make("b+router", **EVERY | {gone: 0.0})
+    called = {
+        "roi": (losses, "roi_loss"),
+        "identity": (losses, "identity_loss"),
+        "temporal": (losses, "temporal_loss"),
+        "diffusion": (losses, "flow_matching_loss"),
+        "orthogonality": (type(model.adapter), "overlap"),
+    }
+    if gone in called:
+        owner, name = called[gone]
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail(f"{gone} has weight 0 and was computed"))
+    part = run(own, model, batch)
+    assert set(part.terms) == set(TERMS) - {gone}
+    for name, value in part.terms.items():
+        assert torch.equal(value, whole.terms[name]), name
+    expected = whole.total.item() - EVERY[gone] * float(whole.terms[gone])
+    assert part.total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_classifier_is_asked_for_without_identity(make, monkeypatch):
+    monkeypatch.setattr(objective_module, "load_classifier", lambda *_: pytest.fail("it was read"))
+    own, model, batch = make("b", identity=0)
+    assert own.classifier is None and "identity" not in run(own, model, batch).terms
+
+
+@pytest.mark.parametrize("term", ["diffusion", "roi", "identity", "temporal"])
+def test_the_gradient_of_every_clip_term_reaches_the_experts(make, term):
+    own, model, batch = make("b", **dict.fromkeys(TERMS, 0.0) | {term: 1.0})
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    trained = model.adapter.train_only(("experts",))
+    run(own, model, batch).total.backward()
+    assert [name for name, p in trained.items() if p.grad is None or not p.grad.any()] == []
+    assert own.classifier is None or all(p.grad is None for p in own.classifier.parameters())
+
+
+@pytest.mark.parametrize("term", ["diffusion", "roi", "identity", "temporal", "teacher_kl", "balance"])
+def test_the_gradient_of_the_joint_stage_reaches_the_router(make, term):
+    own, model, batch = make("b+router", **dict.fromkeys(TERMS, 0.0) | {term: 1.0})
+    trained = model.adapter.train_only(("router",))
+    run(own, model, batch).total.backward()
+    assert [name for name, p in trained.items() if p.grad is None or not p.grad.any()] == []
+
+
+def test_the_region_weighs_exactly_four_and_the_background_one(make):
+    own, model, batch = make("a", roi=3.0)
+    inputs, target, _ = own.inputs(batch, 0, torch.float32)
+    with torch.no_grad():
+        error = losses.squared_error(model(*inputs).v, target)
+        loss = run(own, model, batch)
+    weighed = error * torch.where(batch.roi > 0, 4.0, 1.0)
+    assert batch.roi.any() and not batch.roi.all()
+    assert loss.total.item() == pytest.approx(float(weighed.mean()), rel=1e-5)
+
+
+def test_two_forwards_of_a_step_make_one_window(make):
+    """Entropy and balance are those of the joined batch, whichever forward asks."""
+    own, model, batch = make("b+router", keys={"accumulation": 2}, **EVERY)
+    other = batch._replace(
+        positions=[3, 4, 5],
+        pooled=batch.pooled.flip(0) * 1.5,
+        rule=batch.rule.flip(0),
+    )
+    own.open_window([batch, other], whole_router(model.adapter))
+    first, second = (own(b, 0, torch.float32, lambda inputs: model(*inputs)) for b in (batch, other))
+    with torch.no_grad():
+        probs = torch.cat([model.router(b.pooled) for b in (batch, other)])
+    load = probs.mean(0)
+    for loss in (first, second):
+        assert float(loss.terms["balance"]) == pytest.approx(float(4 * load.square().sum() - 1), rel=1e-5)
+    entropy = float(-torch.xlogy(probs, probs).sum(1).mean())
+    expected = (entropy - 0.25 * math.log(4)) ** 2
+    assert float(first.terms["entropy"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_gates_by_label_begin_soft_and_end_sharp(make):
+    own, _, batch = make("b", identity=0, soft_start=0.8, soft_until=0.5)
+    rows = [own.inputs(batch, step, torch.float32)[0].rule[0] for step in (0, 2, 5, 9)]
+    label = batch.rule[0]
+    for row, share in zip(rows, (0.8, 0.48, 0.0, 0.0), strict=True):
+        torch.testing.assert_close(row, (1 - share) * label + share / 4)
+
+
+def test_noise_and_t_of_a_clip_depend_on_its_position_alone(make):
+    own, _, batch = make("a", t_stratified=True)
+    whole = own.inputs(batch, 0, torch.float32)[0]
+    alone = batch._replace(positions=[1], latent=batch.latent[1:2], context=batch.context[1:2])
+    alone = alone._replace(pooled=batch.pooled[1:2], rule=batch.rule[1:2])
+    one = own.inputs(alone, 0, torch.float32)[0]
+    assert torch.equal(one.x_t[0], whole.x_t[1]) and torch.equal(one.t[0], whole.t[1])
+    low, high = 0.3, 0.9
+    places = sorted(int((float(t) - low) / (high - low) * 3) for t in whole.t)
+    assert places == [0, 1, 2]  # the shares of a uniform t over a global batch of three
+
+
+def test_what_a_term_lacks_is_named_with_a_sample_and_the_way_out(make, make_shards, tmp_path):
+    bare = make_shards(tmp_path / "bare", marks=False)
+    with pytest.raises(WanmoeError, match=r"12 of 12 clips have no region, e\.g\. train_000_abcdef01.*"):
+        make("a", source=bare)
+    with pytest.raises(WanmoeError, match=r"no optical flow.*objective\.temporal = 0$"):
+        make("b", source=bare, roi=0, identity=0)
+    own, model, batch = make("b", source=bare, roi=0, identity=0, temporal=0)
+    assert set(run(own, model, batch).terms) == {"diffusion"}
+
+
+def test_a_missing_classifier_is_asked_for_with_the_command(make):
+    with pytest.raises(WanmoeError, match=r"wanmoe train-classifier --shards .* set objective.identity = 0"):
+        make("b", no_classifier=True, identity=0.5)
+    # By default the term is there when a classifier is.
+    own, _, _ = make("b", no_classifier=True)
+    assert "identity" not in own.weights
+
+
+def test_a_classifier_of_other_instruments_is_refused(make, shards, tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_judge(Classifier(info(ShardDataset(shards, "train").manifest, SURGICAL[:3])), path)
+    with pytest.raises(WanmoeError, match="but the experts are Scissors.*train it with the same"):
+        make("b", classifier=str(path))
+
+
+def test_weights_left_out_are_those_of_the_stage(config):
+    def weights(stage, **keys):
+        tree = config | {"objective": keys, "train": config["train"] | {"stage": stage}}
+        parsed = parse_config(tree, "test")
+        return loss_weights(parsed, STAGES[stage])
+
+    assert weights("a") == {"diffusion": 1, "roi": 3}
+    assert weights("b") == {"diffusion": 1, "roi": 3, "temporal": 0.5}
+    with_judge = {"diffusion": 1, "roi": 3, "identity": 0.5, "temporal": 0.5}
+    assert weights("b", classifier="classifier.safetensors") == with_judge
+    assert weights("c") == {"diffusion": 1, "roi": 1, "teacher_kl": 1, "entropy": 0.05, "balance": 0.1}
+    # One section serves all stages: what a stage has no use for is left out.
+    assert weights("a", teacher_kl=2.0, balance=1.0, orthogonality=1.0) == {"diffusion": 1, "roi": 3}
+    with pytest.raises(WanmoeError, match="every weight under .objective. is 0"):
+        weights("a", diffusion=0, roi=0)

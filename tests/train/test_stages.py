@@ -8,7 +8,14 @@ from wanmoe.moe_lora.wan.weights import load_dit
 from wanmoe.train.engine import RoutedDiT
 from wanmoe.train.stages import STAGES, select_trainable
 
-PARTS = {"a": {"base"}, "b": {"expert"}, "b+router": {"expert", "router"}, "c": {"router"}}
+PARTS = {
+    "a": {"base"},
+    "b": {"expert"},
+    "b+router": {"expert", "router"},
+    "b+base": {"base", "expert"},
+    "b+base+router": {"base", "expert", "router"},
+    "c": {"router"},
+}
 
 
 def adapted(base, mode="learned"):
@@ -63,6 +70,6 @@ def test_every_trained_parameter_gets_a_gradient_once_the_up_projections_have_mo
     module = RoutedDiT(dit, adapter, STAGES[stage])
     context = [torch.randn(3, 16), torch.randn(2, 16)]
     rule = torch.tensor([[0.5, 0.0, 0.5, 0.0], [0.0, 0.5, 0.0, 0.5]])
-    v, _ = module(torch.randn(2, 16, 2, 4, 4), torch.tensor([0.9, 0.7]), context, torch.randn(2, 16), rule)
+    v = module(torch.randn(2, 16, 2, 4, 4), torch.tensor([0.9, 0.7]), context, torch.randn(2, 16), rule).v
     v.square().mean().backward()
     assert [n for n, p in trainable.items() if p.grad is None or not p.grad.any()] == []

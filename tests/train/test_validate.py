@@ -7,10 +7,15 @@ from wanmoe.moe_lora import AdapterConfig, ExpertSet, RouterConfig, attach, save
 from wanmoe.moe_lora.wan.weights import load_dit
 from wanmoe.train import ShardDataset
 from wanmoe.train.data.batch import LabelGates
+from wanmoe.train.engine import Routed
 from wanmoe.train.evaluate import evaluate, evaluate_files, held_out_gates
-from wanmoe.train.validate import LEVELS, held_out_losses, levels_within
+from wanmoe.train.validate import LEVELS, held_out_errors, levels_within
 
 GATES = LabelGates(ExpertSet(), RouterConfig(), needed=True)
+
+
+def routed(v, batch):
+    return Routed(v, batch.rule, batch.rule, None, None)
 
 
 def test_a_model_that_knows_the_answer_has_no_loss_and_one_that_says_nothing_has_that_of_the_target(shards):
@@ -19,29 +24,54 @@ def test_a_model_that_knows_the_answer_has_no_loss_and_one_that_says_nothing_has
 
     def oracle(x_t, t, batch):
         x0 = torch.stack([latents[key] for key in batch.keys])
-        return (x_t - x0) / t.view(-1, 1, 1, 1, 1)
+        return routed((x_t - x0) / t.view(-1, 1, 1, 1, 1), batch)
 
-    assert held_out_losses(oracle, dataset, GATES).max() < 1e-6
-    nothing = held_out_losses(lambda x_t, t, batch: torch.zeros_like(x_t), dataset, GATES)
-    assert nothing.shape == (4, len(LEVELS)) and nothing.min() > 0.5
+    assert held_out_errors(oracle, dataset, GATES).loss.max() < 1e-6
+    nothing = held_out_errors(lambda x_t, t, batch: routed(torch.zeros_like(x_t), batch), dataset, GATES)
+    assert nothing.loss.shape == (4, len(LEVELS)) and nothing.loss.min() > 0.5
+    assert torch.equal(nothing.gates, torch.eye(4))
+
+
+def test_the_error_of_the_region_is_that_of_its_cells_alone(shards):
+    dataset = ShardDataset(shards, "val")
+    wrong = torch.zeros(4, 16, 2, 4, 4)
+    for index in range(4):
+        wrong[index, :, dataset[index].roi > 0] = 2.0
+
+    def predict(x_t, t, batch):
+        x0 = batch.latent.float()
+        off = wrong[[dataset.keys.index(key) for key in batch.keys]]
+        return routed((x_t - x0) / t.view(-1, 1, 1, 1, 1) + off, batch)
+
+    found = held_out_errors(predict, dataset, GATES, batch=3)
+    torch.testing.assert_close(found.roi, torch.full((4, 9), 4.0), atol=1e-4, rtol=0)
+    share = torch.stack([(dataset[index].roi > 0).float().mean() for index in range(4)])
+    torch.testing.assert_close(found.loss[:, 0], 4.0 * share, atol=1e-4, rtol=0)
+
+
+def test_a_clip_without_a_region_has_no_error_of_it(make_shards, tmp_path):
+    bare = ShardDataset(make_shards(tmp_path / "bare", marks=False), "val")
+    found = held_out_errors(lambda x, t, batch: routed(torch.zeros_like(x), batch), bare, GATES)
+    assert not found.has_region.any() and found.read.all() and found.loss.min() > 0
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_noise_does_not_depend_on_the_batch_size(shards, batch):
     dataset = ShardDataset(shards, "val")
 
-    def predict(x_t, t, _):
-        return x_t * t.view(-1, 1, 1, 1, 1)
+    def predict(x_t, t, batch):
+        return routed(x_t * t.view(-1, 1, 1, 1, 1), batch)
 
-    expected = held_out_losses(predict, dataset, GATES, batch=2)
-    torch.testing.assert_close(held_out_losses(predict, dataset, GATES, batch=batch), expected)
+    expected = held_out_errors(predict, dataset, GATES, batch=2)
+    torch.testing.assert_close(held_out_errors(predict, dataset, GATES, batch=batch), expected)
 
 
 def test_levels_of_a_side():
-    assert levels_within((0.0, 1.0)) == LEVELS
-    assert levels_within((0.0, 0.875)) == (0.1, 0.3, 0.5, 0.7)
-    assert levels_within((0.875, 1.0)) == (0.9,)
-    assert levels_within((0.91, 0.99)) == (0.95,)
+    """Nine fixed quantiles of t, wherever the boundary lies."""
+    assert levels_within((0.0, 1.0)) == LEVELS and len(LEVELS) == 9
+    assert levels_within((0.875, 1.0)) == (0.8875, 0.9, 0.9125, 0.925, 0.9375, 0.95, 0.9625, 0.975, 0.9875)
+    low = levels_within((0.0, 0.875))
+    assert len(low) == 9 and low[0] == 0.0875 and low[-1] == 0.7875
 
 
 def test_every_clip_is_measured_with_every_expert(base, shards, tmp_path):
@@ -70,7 +100,7 @@ def test_one_side_is_measured_at_its_own_levels_with_the_same_noise(base, shards
     adapter = attach(load_dit(base), AdapterConfig(blocks=2))
     path = save_adapter(adapter, tmp_path / "a.safetensors", stage="a", step=1, noise_expert="high")
     side, whole = evaluate_files(base, shards, path, False), evaluate_files(base, shards, None, False)
-    assert list(side["by_t"]) == ["0.9"]
+    assert list(side["by_t"])[:2] == ["0.8875", "0.9"] and len(side["by_t"]) == 9
     assert side["by_t"]["0.9"] == pytest.approx(whole["by_t"]["0.9"])  # a fresh adapter is the frozen model
 
 

@@ -40,6 +40,15 @@ class Batch(NamedTuple):
     """[B, E]: gates by label."""
     image_latent: Tensor | None
     """[B, 20, F, H, W] for i2v."""
+    roi: Tensor | None
+    """[B, F, H, W], 1 = instrument; a clip that says nothing of it is 1 all over, None where none says."""
+    picture: Tensor | None
+    """[B, H, W], 0 = the endoscope's border; 1 and None likewise."""
+    flow: Tensor | None
+    """[B, F - 1, 2, H, W]: (x, y) in latent pixels from latent frame k + 1 back to k; None unless all have
+    it, and `visible` with it."""
+    visible: Tensor | None
+    """[B, F - 1, H, W], 1 = seen in both."""
     faults: list[Fault]
     """Samples that could not be read and have been replaced."""
 
@@ -89,7 +98,7 @@ def collate(
     samples: Sequence[Sample], positions: Sequence[int], gates: LabelGates, faults: Sequence[Fault] = ()
 ) -> Batch:
     """Stacks samples of one size."""
-    images = [sample.image_latent for sample in samples]
+    size = samples[0].latent.shape[1:]
     return Batch(
         positions=list(positions),
         keys=[sample.key for sample in samples],
@@ -97,9 +106,25 @@ def collate(
         context=[sample.context for sample in samples],
         pooled=pool_text([sample.context for sample in samples]),
         rule=torch.stack([gates(s.key, s.instruments) for s in samples]),
-        image_latent=None if images[0] is None else torch.stack([i for i in images if i is not None]),
+        image_latent=_stack([sample.image_latent for sample in samples]),
+        roi=_masks([sample.roi for sample in samples], size),
+        picture=_masks([sample.picture for sample in samples], size[1:]),
+        flow=_stack([sample.flow for sample in samples]),
+        visible=_stack([sample.visible for sample in samples]),
         faults=list(faults),
     )
+
+
+def _masks(values: Sequence[Tensor | None], size: Sequence[int]) -> Tensor | None:
+    """Stacked, with ones where a clip says nothing, so that no clip depends on those beside it."""
+    if all(value is None for value in values):
+        return None
+    return torch.stack([torch.ones(*size) if value is None else value for value in values])
+
+
+def _stack(values: Sequence[Tensor | None]) -> Tensor | None:
+    given = [value for value in values if value is not None]
+    return torch.stack(given) if len(given) == len(values) else None
 
 
 def main_instrument(dataset: ShardIndex, index: int) -> str:

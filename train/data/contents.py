@@ -59,6 +59,12 @@ class _Shard(_Strict):
     n_samples: int
 
 
+class _Prompts(_Strict):
+    n: PositiveInt
+    bytes: NonNegativeInt
+    sha256: str
+
+
 class _Manifest(_Strict):
     codec: dict[str, Any]
     text_encoder: dict[str, Any]
@@ -69,6 +75,7 @@ class _Manifest(_Strict):
     histogram: dict[str, dict[str, float]]
     index: dict[str, Any] = Field(min_length=1)
     shards: list[_Shard]
+    router_prompts: _Prompts | None = None
 
 
 def manifest_fault(manifest: Mapping[str, Any]) -> str | None:

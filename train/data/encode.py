@@ -4,13 +4,14 @@ Letters: F, H, W frames, height, width in pixels; f, h, w the same of the latent
 """
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...moe_lora.errors import WanmoeError
+from ...moe_lora.routing import pool_text
 from ...moe_lora.video import to_model
 from ...moe_lora.wan.codec import Codec, image_condition
 from ...moe_lora.wan.text import TextEncoder, encode_prompts
@@ -159,6 +160,13 @@ def encode_caption(text_encoder: TextEncoder, caption: str) -> Tensor:
     """The embedding [n, D] of one caption, encoded alone, as the shards hold it."""
     (context,) = encode_prompts(text_encoder, [caption])
     return narrow(context.cpu(), f"the embedding of {caption!r}")
+
+
+def encode_router_prompts(text_encoder: TextEncoder, texts: Sequence[str]) -> Tensor:
+    """The means [N, D] over the tokens of texts that are encoded together, as the shards hold them."""
+    contexts = [context.cpu() for context in encode_prompts(text_encoder, texts)]
+    halves = {torch.bfloat16: torch.bfloat16}.get(contexts[0].dtype, torch.float16)
+    return narrow(pool_text(contexts).to(halves), "the mean over the tokens of a router prompt")
 
 
 def narrow(tensor: Tensor, name: str) -> Tensor:

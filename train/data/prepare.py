@@ -34,7 +34,7 @@ from ...moe_lora.wan.text import TextEncoder
 from ..engine import agree, init_distributed, together
 from ..staging import Staging
 from .clips import Clip
-from .encode import Encoders, PieceEncoder, encode_caption
+from .encode import Encoders, PieceEncoder, encode_caption, encode_router_prompts
 from .plan import (
     Instruments,
     Piece,
@@ -49,9 +49,10 @@ from .plan import (
     recipe,
     summary,
 )
+from .router_prompts import RouterPrompt
 from .shard_writer import ShardWriter
-from .shards import FORMAT, ShardError, check_size, is_shard_file, read_manifest
-from .spool import Spool, text_name
+from .shards import FORMAT, ShardError, check_size, is_shard_file, read_manifest, read_prompts
+from .spool import Spool, prompts_name, text_name
 from .store import LocalStore
 
 __all__ = ["Instruments", "Ranks", "join_ranks", "label", "prepare"]
@@ -59,6 +60,7 @@ __all__ = ["Instruments", "Ranks", "join_ranks", "label", "prepare"]
 # A rank waits for the slowest one, for hours if need be; one that dies is noticed at once, by its connection.
 _PATIENCE = datetime.timedelta(days=7)
 _BAR_AFTER = 2.0  # seconds
+_TOGETHER = 32  # router prompts encoded at once and kept as one: the same ones whatever is missing
 _COUNT_EVERY = 2.0  # seconds; a folder of 100,000 samples is listed in a tenth of one
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
@@ -110,6 +112,7 @@ def prepare(
     val_fraction: float = 0.2,
     seed: int = 0,
     task: str = "t2v",
+    router_prompts: Sequence[RouterPrompt] = (),
     progress: bool = True,
     ranks: Ranks = Ranks(),
 ) -> dict[str, Any]:
@@ -120,8 +123,9 @@ def prepare(
     of the shorter ones; a clip that is a window already stays as it is. Each is scaled to cover the `size`
     (H, W, multiples of 16) of the nearest shape and cut in the centre; tips, boxes and masks follow. `task`
     "i2v" also stores the condition on the first frame. Instruments come from the clip's labels, else a
-    `[Tools in: ...]` of its caption, else the caption's keywords. Codec and text encoder may be functions
-    that load them: then no card holds both.
+    `[Tools in: ...]` of its caption, else the caption's keywords. Of `router_prompts`, texts without a clip
+    that teach a router, the pooled embeddings are stored. Codec and text encoder may be functions that load
+    them: then no card holds both.
 
     Finished samples are kept in `<out>.work` until the shards are written: the same call after a kill goes on
     from there. With `progress` a bar and a summary go to standard error. Raises `WanmoeError` on unreadable
@@ -143,10 +147,13 @@ def prepare(
     wanted = recipe(plan, settings, _makers(encoders, experts))
     if ranks.count > 1:
         samples = hashlib.sha256(repr(wanted["samples"]).encode()).hexdigest()
-        agree({"clips": samples} | {part: made["fingerprint"] for part, made in encoders.made_by.items()})
-    made = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+        texts = hashlib.sha256(repr(router_prompts).encode()).hexdigest()
+        parts = {part: made["fingerprint"] for part, made in encoders.made_by.items()}
+        agree({"clips": samples, "router prompts": texts} | parts)
+    said = {"router_prompts": [list(prompt) for prompt in router_prompts]} if router_prompts else {}
+    made = hashlib.sha256(json.dumps(wanted | said, sort_keys=True).encode()).hexdigest()
     with Spool(out) as spool:
-        job = _Job(plan, settings, spool, ranks, encoders, progress)
+        job = _Job(plan, settings, spool, ranks, encoders, progress, router_prompts)
         ranks.together(lambda: None if ranks.rank else job.open(out, wanted))
         former, complete = ranks.gather([] if ranks.rank else [_former(out, made)])[0]
         if former is not None and complete:
@@ -175,10 +182,14 @@ class _Job:
         ranks: Ranks,
         encoders: Encoders,
         progress: bool,
+        prompts: Sequence[RouterPrompt],
     ) -> None:
         self.plan, self.settings, self.spool, self.ranks = plan, settings, spool, ranks
         self.encoders, self.progress = encoders, progress
         self.texts = {text_name(caption): caption for caption in plan.captions()}
+        self.prompts = prompts
+        groups = [prompts[at : at + _TOGETHER] for at in range(0, len(prompts), _TOGETHER)]
+        self.pooled = {prompts_name(group): group for group in groups}
 
     def say(self, line: str) -> None:
         """A line on standard error, above the bar, where progress is shown."""
@@ -193,7 +204,7 @@ class _Job:
 
     def finished(self) -> set[str]:
         """The names of what is there and undamaged; each rank checks its share of the files."""
-        names = [*self.texts, *(piece.key for piece in self.plan.pieces)]
+        names = [*self.texts, *self.pooled, *(piece.key for piece in self.plan.pieces)]
         every = self.ranks.gather([(name, self.spool.sound(name)) for name in self.ranks.share(names)])
         for name in (name for name, sound in every if sound is False):
             self.say(f"damaged, encoded again: {self.spool.path(name)}")
@@ -208,6 +219,7 @@ class _Job:
         try:
             with torch.no_grad(), _deterministic():
                 self._encode_texts([name for name in self.texts if name not in finished])
+                self._encode_prompts([name for name in self.pooled if name not in finished])
                 self._encode_pieces(self.ranks.share(missing), done)
         except WanmoeError:
             self.spool.stop()
@@ -219,6 +231,9 @@ class _Job:
         made_by = (self.encoders.described(part) for part in ("codec", "text_encoder"))
         writer = ShardWriter(out, *made_by, null_context=context(""))
         with writer:
+            if self.pooled:
+                pooled = torch.cat([self.spool.get(name)[0]["pooled"] for name in self.pooled])
+                writer.set_router_prompts(pooled, self.prompts)
             for piece in self._bar(self.plan.pieces, "write shards"):
                 tensors, meta = self.spool.get(piece.key)
                 if "dropped" in meta:
@@ -248,6 +263,18 @@ class _Job:
                 return
             context = encode_caption(encoder, self.texts[name])
             self.spool.put(name, {"context": context}, {"caption": self.texts[name]})
+
+    def _encode_prompts(self, names: Sequence[str]) -> None:
+        if not names:
+            return
+        encoder = self.encoders.text_encoder
+        assert encoder is not None
+        mine = self.ranks.share(names)
+        for name in tqdm(mine, "encode prompts", delay=_BAR_AFTER, disable=not self.progress):
+            if self.spool.stopping:
+                return
+            texts = [prompt.text for prompt in self.pooled[name]]
+            self.spool.put(name, {"pooled": encode_router_prompts(encoder, texts)}, {"prompts": texts})
 
     def _encode_pieces(self, pieces: Sequence[Piece], done: int) -> None:
         if not pieces:
@@ -284,6 +311,7 @@ def _former(out: str | Path, made: str) -> tuple[dict[str, Any] | None, bool]:
         manifest, _ = read_manifest(store)
         for shard in manifest["shards"]:
             check_size(store, shard)
+        read_prompts(store, manifest)
     except ShardError:
         return None, False
     if manifest.get("recipe") != made:

@@ -36,8 +36,9 @@ from .shards import (
     read_part,
 )
 from .store import LocalStore, is_url
+from .stored_prompts import ROUTER_PROMPTS
 from .tar_file import TarFile
-from .verify import ShardCheck, check_shard, folder_faults
+from .verify import ShardCheck, check_shard, folder_faults, prompt_faults
 
 Row = dict[str, Any]
 
@@ -152,6 +153,10 @@ def _survey(folder: Path, report: RepairReport) -> _Survey:
         shards = _salvage(survey, by_shard, shards, report)
     if problem:
         report.notes.append(f"{problem}; the settings that it held are lost")
+    if faults := prompt_faults(store, survey.manifest):
+        survey.faults += faults
+        survey.manifest.pop("router_prompts", None)
+        report.notes.append(f"the router prompts are lost: {faults[0]}")
     total = sum(there.get(name, 0) for name in survey.rows)
     with tqdm(total=total, unit="B", unit_scale=True, desc="repair", disable=None, delay=1) as bar:
         for name, own in survey.rows.items():
@@ -325,7 +330,7 @@ def _replace(survey: _Survey, report: RepairReport, whole: Sequence[str]) -> Non
         raise WanmoeError(f"{folder}: not repaired, it is as it was: {error.strerror or error}") from error
     finally:
         staging.discard()
-    for name in whole:
+    for name in [*whole, *([ROUTER_PROMPTS] if "router_prompts" in survey.manifest else [])]:
         (quarantine / name).unlink()  # the same file is in the repaired folder
     for entry in quarantine.iterdir():
         if not is_shard_file(entry.name):
@@ -351,6 +356,8 @@ def _write(
             facts |= _rewrite(survey.store, own, target / name)
         rows += own
         shards.append(facts)
+    if "router_prompts" in survey.manifest:
+        _link(survey.store.root / ROUTER_PROMPTS, target / ROUTER_PROMPTS)
     rows.sort(key=lambda row: survey.order.get(row["key"], len(survey.order)))
     samples = [row for row in rows if row["split"] != TEXTS]
     index = b"".join(compact_json(row) + b"\n" for row in rows)

@@ -1,11 +1,12 @@
 """Writes a folder of shards: byte for byte the same for the same samples, and never half of it.
 
-Letters: F, H, W latent frames, height, width; n tokens of the caption; D width of the text encoder.
+Letters: F, H, W latent frames, height, width; n tokens of the caption; D width of the text encoder; N router
+prompts.
 """
 
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from ...moe_lora.errors import WanmoeError
 from ...moe_lora.files import write_atomic
 from ..staging import Staging
+from .router_prompts import RouterPrompt
 from .shards import (
     FLOW,
     FORMAT,
@@ -31,6 +33,7 @@ from .shards import (
     is_shard_file,
     manifest_bytes,
 )
+from .stored_prompts import ROUTER_PROMPTS, pack_prompts
 from .tar_file import TarFile
 
 
@@ -81,6 +84,7 @@ class ShardWriter:
         self._rows: list[dict[str, Any]] = []
         self._keys: set[str] = set()
         self._counts: dict[tuple[str, str], int] = {}
+        self._prompts: tuple[Tensor, bytes] | None = None
         self._kind: dict[str, Any] = {}
         """What all samples have in common: the width of the text, and whether they have an image latent."""
 
@@ -172,6 +176,19 @@ class ShardWriter:
         if tar.size >= self.max_bytes:
             self._close((split, bucket))
 
+    def set_router_prompts(self, pooled: Tensor, prompts: Sequence[RouterPrompt]) -> None:
+        """Text-only prompts that teach a router; `pooled` [N, D] is the mean over the tokens of each, fp16 or
+        bf16.
+
+        Raises `ShardError` on another shape or dtype and on values that are not finite.
+        """
+        half = pooled.dtype in (torch.float16, torch.bfloat16)
+        if pooled.ndim != 2 or len(pooled) != len(prompts) or not half or not torch.isfinite(pooled).all():
+            kind = f"{str(pooled.dtype).removeprefix('torch.')} {list(pooled.shape)}"
+            reason = f"pooled is {kind}, expected finite float16 or bfloat16 [{len(prompts)}, D]"
+            raise ShardError(ROUTER_PROMPTS, None, None, reason)
+        self._prompts = (pooled, pack_prompts(pooled, prompts)) if prompts else None
+
     def _add_text(self, shard: str, key: str, context: Tensor) -> str:
         """The key of an encoded caption, which is written where it is new: its name is its content."""
         data = self._pack(shard, key, {"context": context}, TEXT)
@@ -248,6 +265,7 @@ class ShardWriter:
             null["null_text"] = self._add_text("", "", self.null_context)
         for place in sorted(self._open):
             self._close(place)
+        prompts = self._write_prompts()
         index = b"".join(compact_json(row) + b"\n" for row in self._rows)
         self.manifest = {
             **self.head,
@@ -261,8 +279,21 @@ class ShardWriter:
             "histogram": histogram(samples),
             "index": {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()},
             **null,
+            **prompts,
             "shards": sorted(self._done, key=lambda shard: str(shard["name"])),
         }
         manifest = manifest_bytes(self.manifest)
         write_atomic(self._staging.path / "index.jsonl", lambda path: path.write_bytes(index))
         write_atomic(self._staging.path / "manifest.json", lambda path: path.write_bytes(manifest))
+
+    def _write_prompts(self) -> dict[str, Any]:
+        """Write the router prompts; returns what the manifest says of them."""
+        if self._prompts is None:
+            return {}
+        pooled, data = self._prompts
+        if pooled.shape[1] != self._kind["text_dim"]:
+            reason = f"texts are {pooled.shape[1]} wide, those of the samples {self._kind['text_dim']}"
+            raise ShardError(ROUTER_PROMPTS, None, None, reason)
+        write_atomic(self._staging.path / ROUTER_PROMPTS, lambda path: path.write_bytes(data))
+        facts = {"n": len(pooled), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        return {"router_prompts": facts}

@@ -3,10 +3,10 @@ order exact.
 
 A folder of shards (written by `shard_writer`) holds `{split}-{F}x{H}x{W}-{NNNNNN}.tar`, `text-{NNNNNN}.tar`
 (every encoded caption once), `index.jsonl` (where each part of each sample and text lies, and its CRC-32) and
-`manifest.json` (what was written, with which codec; SHA-256 per shard). The tars stay plain WebDataset tars,
-but are read by offset, or checked against the index when they are streamed: a tar reader loses samples
-without an error when a shard is cut at a member border or a byte of a header flips, and never sees a flipped
-byte of a payload.
+`manifest.json` (what was written, with which codec; SHA-256 per shard); where the manifest says so, there is
+`router_prompts.safetensors` too (see `stored_prompts`). The tars stay plain WebDataset tars, but are read by
+offset, or checked against the index when they are streamed: a tar reader loses samples without an error when
+a shard is cut at a member border or a byte of a header flips, and never sees a flipped byte of a payload.
 
 Letters: F, H, W latent frames, height, width; n tokens of the caption; D width of the text encoder.
 """
@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from ...moe_lora.errors import WanmoeError
 from .store import Store, open_store
+from .stored_prompts import ROUTER_PROMPTS, RouterPrompts, unpack_prompts
 
 FORMAT = "wanmoe-shards/2"
 LATENT, TEXT, ROI, FLOW, META = (
@@ -134,6 +135,10 @@ class ShardIndex:
         key = self.manifest.get("null_text")
         return None if key is None else self._text(key)
 
+    def router_prompts(self) -> RouterPrompts | None:
+        """Prompts that teach a router, read and checked; None in a folder that has none."""
+        return read_prompts(self.store, self.manifest)
+
     def instruments(self, index: int) -> tuple[tuple[str, float], ...]:
         """(name, weight) pairs of one sample, from the index alone."""
         return tuple((str(one["name"]), float(one["weight"])) for one in self.rows[index]["instruments"])
@@ -220,7 +225,7 @@ class ShardDataset(ShardIndex, Dataset[Sample]):
 
 def is_shard_file(name: str) -> bool:
     """Whether a file of this name in a folder of shards was written by `ShardWriter`."""
-    return name in ("manifest.json", "index.jsonl") or name.endswith(".tar")
+    return name in ("manifest.json", "index.jsonl", ROUTER_PROMPTS) or name.endswith(".tar")
 
 
 def read_manifest(store: Store) -> tuple[dict[str, Any], str]:
@@ -287,6 +292,30 @@ def check_size(store: Store, shard: Mapping[str, Any]) -> None:
     if size != shard["bytes"]:
         verb = "cut short" if size < shard["bytes"] else "too long"
         raise ShardError(path, None, None, f"{verb}: {size} bytes, the manifest says {shard['bytes']}")
+
+
+def read_prompts(store: Store, manifest: Mapping[str, Any]) -> RouterPrompts | None:
+    """The router prompts that a manifest names, None where it names none; `ShardError` where they are not as
+    they were written."""
+    said = manifest.get("router_prompts")
+    if said is None:
+        return None
+    path = store.path(ROUTER_PROMPTS)
+    try:
+        data = store.read(ROUTER_PROMPTS)
+    except OSError as error:
+        raise ShardError(path, None, None, f"cannot be read ({_cause(error)}); copy it anew") from error
+    if hashlib.sha256(data).hexdigest() != said["sha256"]:
+        reason = f"altered or cut short: {len(data)} bytes, the manifest says {said['bytes']}"
+        raise ShardError(path, None, None, f"{reason}; `wanmoe data repair` goes on without it")
+    try:
+        prompts = unpack_prompts(data, manifest["text_dim"])
+    except ValueError as error:
+        raise ShardError(path, None, None, str(error)) from error
+    if len(prompts.texts) != said["n"]:
+        reason = f"holds {len(prompts.texts)} prompts, the manifest says {said['n']}"
+        raise ShardError(path, None, None, reason)
+    return prompts
 
 
 def read_part(store: Store, row: Mapping[str, Any], part: str) -> bytes:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...moe_lora.errors import WanmoeError
 from ...moe_lora.files import write_atomic
+from .router_prompts import RouterPrompt
 
 _PLAN, _LOCK, _STOP = "plan.json", "lock", "stop"
 
@@ -141,6 +142,12 @@ class Spool:
 def text_name(caption: str) -> str:
     """The name under which an encoded caption is kept."""
     return f"text-{hashlib.sha256(caption.encode()).hexdigest()[:32]}"
+
+
+def prompts_name(prompts: Sequence[RouterPrompt]) -> str:
+    """The name under which the pooled embeddings of texts that are encoded together are kept."""
+    texts = json.dumps([prompt.text for prompt in prompts])
+    return f"prompts-{hashlib.sha256(texts.encode()).hexdigest()[:32]}"
 
 
 def _locked(path: Path) -> IO[str]:

@@ -22,8 +22,10 @@ from .shards import (
     histogram_lines,
     read_index,
     read_manifest,
+    read_prompts,
 )
-from .store import Store, is_url, open_store
+from .store import LocalStore, Store, is_url, open_store
+from .stored_prompts import ROUTER_PROMPTS
 
 _PIECE = 8 << 20  # bytes read at a time
 
@@ -98,7 +100,7 @@ def verify_shards(root: str | Path) -> ShardReport:
             by_shard.setdefault(row["shard"], []).append(row)
     report.samples = dict(Counter(row["split"] for row in rows if row["split"] != TEXTS))
     report.histogram = histogram(rows)
-    report.problems += folder_faults(manifest, rows)
+    report.problems += [*folder_faults(manifest, rows), *prompt_faults(store, manifest)]
     sources: dict[str, set[tuple[str, str]]] = {}
     total = sum(shard["bytes"] for shard in manifest["shards"])
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None, delay=1) as bar:
@@ -115,6 +117,17 @@ def verify_shards(root: str | Path) -> ShardReport:
     strays = [] if is_url(root) else sorted({path.name for path in Path(root).glob("*.tar")} - named)
     report.problems += [f"shard {stray}: the manifest does not name it" for stray in strays]
     return report
+
+
+def prompt_faults(store: Store, manifest: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the router prompts; nothing where there are none."""
+    try:
+        if read_prompts(store, manifest) is None and isinstance(store, LocalStore):
+            there = (store.root / ROUTER_PROMPTS).exists()
+            return [f"{ROUTER_PROMPTS}: the manifest does not name it"] if there else []
+    except ShardError as error:
+        return [str(error)]
+    return []
 
 
 def folder_faults(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,0 +1,361 @@
+"""What each way to train is worth on drawn scenes: one base, several recipes, several seeds, one table.
+
+Everything is trained by `wanmoe train` under the launcher, one rank a job. The base, the classifier and the
+tip detector are trained once; a seed changes where the adapter starts, the order of the clips and their
+noise. Clips, codec and text encoder are stand-ins of the demo's size: the figures compare recipes with each
+other and say nothing of Wan2.2 itself.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from ..kernels.bench.provenance import provenance
+from ..moe_lora import ExpertSet, WanmoeError
+from ..moe_lora.adapter import Part
+from ..moe_lora.files import write_atomic
+from ..moe_lora.instruments import SURGICAL
+from ..moe_lora.wan.codec import load_vae
+from ..moe_lora.wan.text import load_text_encoder
+from ..train.data.clip_list import read_clip_list
+from ..train.data.prepare import prepare
+from ..train.data.router_prompts import router_prompts
+from ..train.stages import STAGES, stage_name
+from ..train.synth import synth_clips
+from .config import Config, apply_overrides, parse_config
+from .launcher import command, environment
+from .recipe_figures import COLUMNS, judged, measure
+
+FORMAT = "wanmoe-recipes/1"
+BASE_LINE = "base adapter, equal parameters"
+"""What the others are held against."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the scenes and lengths of the runs."""
+
+    size: tuple[int, int] = (96, 96)
+    frames: int = 17
+    clips: int = 160
+    val: int = 48
+    background: int = 400
+    batch: int = 4
+    pretrain_steps: int = 800
+    steps: int = 600
+    """Of a recipe, all its stages together."""
+    judge_steps: int | None = None
+    """Of classifier and detector; None: as many as the commands take."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One `wanmoe train` of a recipe."""
+
+    stage: str
+    share: float
+    """Of the recipe's steps."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Config keys and values, as on the command line."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to an adapter: stages in turn, each from the file of the one before."""
+
+    name: str
+    stages: tuple[Stage, ...]
+
+
+_WIDE = {f"adapter.rank_{p}": str(5 * r) for p, r in (("q", 8), ("k", 4), ("v", 4), ("o", 4), ("ffn", 4))}
+_LR = {"optimizer.lr": "3e-3", "optimizer.schedule": '"cosine"'}
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("frozen base", ()),
+        Recipe("base adapter", (Stage("a", 1.0, _LR),)),
+        Recipe(BASE_LINE, (Stage("a", 1.0, _LR | _WIDE),)),
+        Recipe("A, then B", (Stage("a", 0.5, _LR), Stage("b", 0.5, _LR))),
+    )
+}
+MAIN = tuple(RECIPES)
+
+
+def run_recipes(
+    names: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    sizes: Sizes,
+    jobs: int,
+    argv: list[str],
+    say: Callable[[str], object],
+) -> dict[str, Any]:
+    """Trains and measures each recipe with each seed; what lies in `out` from an earlier run is not redone.
+
+    Returns the result as `table` takes it. Raises WanmoeError for an unknown recipe, or where a training
+    failed.
+    """
+    unknown = [name for name in names if name not in RECIPES]
+    if unknown:
+        raise WanmoeError(f"no recipe {unknown[0]!r}; there are: {', '.join(RECIPES)}")
+    began = time.monotonic()
+    shared = Shared(out, sizes)
+    _claim(out, sizes)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
+        say("clips, base, classifier and detector")
+        list(pool.map(shared.make_clips, ("clips", "background")))
+        makers = [
+            pool.submit(make) for make in (shared.make_base, shared.make_classifier, shared.make_detector)
+        ]
+        for maker in makers:
+            maker.result()
+        work = {pool.submit(run_one, shared, name, seed): (name, seed) for seed in seeds for name in names}
+        rows: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
+        for future in as_completed(work):
+            figures = future.result()
+            name, seed = work[future]
+            rows[name][seed] = figures
+            say(
+                f"{name}, seed {seed}: "
+                + ", ".join(f"{key} {figures[key]:.4g}" for key in COLUMNS if key in figures)
+            )
+    return {
+        "format": FORMAT,
+        "provenance": provenance(torch.device("cpu"), argv),
+        "sizes": asdict(sizes),
+        "seeds": list(seeds),
+        "judges": judged(shared.classifier, shared.detector),
+        "recipes": {name: [asdict(stage) for stage in RECIPES[name].stages] for name in names},
+        "rows": {name: [rows[name][seed] for seed in seeds] for name in names},
+        "minutes": (time.monotonic() - began) / 60,
+    }
+
+
+class Shared:
+    """What all recipes share, and where it lies; every part is made once."""
+
+    def __init__(self, out: Path, sizes: Sizes) -> None:
+        self.out, self.sizes = out.absolute(), sizes
+        self.base = self.out / "base" / "model.safetensors"
+        self.classifier = self.out / "classifier.safetensors"
+        self.detector = self.out / "detector.safetensors"
+
+    def shards(self, kind: str) -> Path:
+        """Of the "clips" or of the "background"."""
+        return self.out / "shards" / kind
+
+    def row(self, name: str, seed: int) -> Path:
+        """Where the figures of a recipe go."""
+        return self.out / "rows" / f"{_slug(name)}-{seed}.json"
+
+    def make_clips(self, kind: str) -> None:
+        """Draws and encodes the scenes with or without instruments."""
+        if (self.shards(kind) / "manifest.json").exists():
+            return
+        with_tools, sizes = kind == "clips", self.sizes
+        path = synth_clips(
+            self.out / kind,
+            clips=sizes.clips if with_tools else sizes.background,
+            val=sizes.val if with_tools else 16,
+            seed=0 if with_tools else 1,
+            instruments=with_tools,
+            height=sizes.size[0],
+            width=sizes.size[1],
+            frames=sizes.frames,
+        )
+        prepare(
+            read_clip_list(path),
+            self.shards(kind),
+            codec=load_vae("haar"),
+            text_encoder=load_text_encoder("hash", dim=64, max_length=32),
+            experts=ExpertSet(SURGICAL),
+            size=sizes.size,
+            frames=sizes.frames,
+            seed=0,
+            router_prompts=router_prompts(ExpertSet(SURGICAL)) if with_tools else (),
+        )
+
+    def make_base(self) -> None:
+        """Trains the small base on scenes without instruments."""
+        if self.base.exists():
+            return
+        tree: dict[str, Any] = {
+            "model": {"preset": "tiny"},
+            "data": {"shards": str(self.shards("background"))},
+            "train": {"stage": "pretrain", "run": str(self.base.parent), "steps": self.sizes.pretrain_steps},
+        }
+        keys = {"optimizer.lr": "3e-3"}
+        train(self._config(tree, keys, 0), self.out / "configs" / "base.toml")
+
+    def make_classifier(self) -> None:
+        """Trains the instrument classifier."""
+        if not self.classifier.exists():
+            self._command("train-classifier", self.classifier)
+
+    def make_detector(self) -> None:
+        """Trains the tip detector."""
+        if not self.detector.exists():
+            self._command("train-detector", self.detector)
+
+    def stage(self, stage: Stage, run: Path, before: Path | None, seed: int) -> Config:
+        """The config of one stage of a recipe."""
+        model: dict[str, Any] = {"dit": str(self.base)}
+        if before is not None:
+            model["adapter"] = str(before)
+        steps = max(1, round(stage.share * self.sizes.steps))
+        tree: dict[str, Any] = {
+            "model": model,
+            "data": {"shards": str(self.shards("clips"))},
+            "objective": {"classifier": str(self.classifier)},
+            "train": {"stage": stage.stage, "run": str(run), "steps": steps},
+        }
+        if before is None:
+            tree["adapter"] = {"blocks": 2, "ffn_blocks": 2}
+        return self._config(tree, stage.keys, seed)
+
+    def _config(self, tree: dict[str, Any], keys: Mapping[str, str], seed: int) -> Config:
+        tree["data"] |= {"batch": self.sizes.batch, "val_batch": 8, "workers": 0}
+        tree["train"] |= {"seed": seed, "log_every": 50}
+        tree["tracking"] = {"enabled": False}
+        tree["launch"] = {"ranks": 1}
+        apply_overrides(tree, [word for key, value in keys.items() for word in (f"--{key}", value)])
+        return parse_config(tree, f"recipe stage {tree['train']['stage']}")
+
+    def _command(self, name: str, out: Path) -> None:
+        words = [name, "--shards", str(self.shards("clips")), "--out", str(out)]
+        if self.sizes.judge_steps is not None:
+            words += ["--steps", str(self.sizes.judge_steps)]
+        _run([sys.executable, "-m", "wanmoe.launch", *words], dict(os.environ), out.with_suffix(".log"))
+
+
+def run_one(shared: Shared, name: str, seed: int) -> dict[str, float]:
+    """Trains one recipe with one seed and measures it; what is done already is read."""
+    path = shared.row(name, seed)
+    stages = json.loads(json.dumps([asdict(stage) for stage in RECIPES[name].stages]))
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        if found.pop("stages") == stages:  # else the recipe is another one by now
+            return found
+    began = time.monotonic()
+    adapter: Path | None = None
+    trained: set[Part] = set()
+    for number, stage in enumerate(RECIPES[name].stages):
+        run = shared.out / "runs" / f"{_slug(name)}-{seed}" / f"{number}-{stage.stage}"
+        config = shared.stage(stage, run, adapter, seed)
+        trained |= train(config, shared.out / "configs" / f"{_slug(name)}-{seed}-{number}.toml")
+        adapter = run / "adapter.safetensors"
+    seconds = time.monotonic() - began
+    figures = measure(
+        shared.base, adapter, shared.shards("clips"), shared.classifier, shared.detector, trained
+    )
+    figures["train_s"] = seconds
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(figures | {"stages": stages}, indent=1)
+    write_atomic(path, lambda partial: partial.write_text(text))
+    return figures
+
+
+def train(config: Config, path: Path) -> set[Part]:
+    """Runs `wanmoe train` on a config; returns the parts of the adapter that it trains."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dump = config.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    path.write_text(tomli_w.dumps(dump), encoding="utf-8")
+    words = command(config.launch, ["train", "--config", str(path)])
+    env = environment(config.launch) | {"OMP_NUM_THREADS": "1"}
+    _run(words, env, path.with_suffix(".log"))
+    return set(STAGES[stage_name(config)].trains)
+
+
+def _run(words: list[str], env: dict[str, str], log: Path) -> None:
+    with log.open("w") as file:
+        code = subprocess.run(words, env=env, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    if code != 0:
+        last = log.read_text(errors="replace").strip().splitlines()[-3:]
+        raise WanmoeError(f"{log}: exit code {code}: {' / '.join(last)}")
+
+
+def _claim(out: Path, sizes: Sizes) -> None:
+    """Marks the folder; one that was made with other sizes is refused."""
+    marker = out / "sizes.json"
+    text = json.dumps(asdict(sizes), sort_keys=True)
+    if marker.exists():
+        if marker.read_text() != text:
+            raise WanmoeError(f"{out}: holds recipes of other sizes; choose another --out")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise WanmoeError(f"{out} is not empty and holds no recipes; choose another with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    marker.write_text(text)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def _slug(name: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Markdown: mean and deviation over the seeds, then the difference from the equal base, seed by seed."""
+    columns = [key for key in COLUMNS if any(key in row for rows in result["rows"].values() for row in rows)]
+    head = [
+        "| recipe | " + " | ".join(COLUMNS[key] for key in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    lines = [
+        f"| {name} | " + " | ".join(_cell(key, rows) for key in columns) + " |"
+        for name, rows in result["rows"].items()
+    ]
+    out = [*head, *lines]
+    if BASE_LINE in result["rows"]:
+        against = result["rows"][BASE_LINE]
+        out += ["", f'Difference from "{BASE_LINE}", paired by seed:', "", *head]
+        for name, rows in result["rows"].items():
+            if name == BASE_LINE:
+                continue
+            pairs = [
+                {key: row[key] - other[key] for key in columns if key in row and key in other}
+                for row, other in zip(rows, against, strict=True)
+            ]
+            out.append(f"| {name} | " + " | ".join(_cell(key, pairs, sign="+") for key in columns) + " |")
+    return "\n".join(out)
+
+
+def _cell(key: str, rows: Sequence[Mapping[str, float]], sign: str = "") -> str:
+    values = [row[key] for row in rows if key in row]
+    if not values:
+        return ""
+    mean = statistics.fmean(values)
+    if key == "parameters":
+        return f"{mean:{sign},.0f}"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{mean:{sign}.3f}{spread}"
+
+
+def write_result(result: Mapping[str, Any], folder: Path) -> Path:
+    """Writes `recipes.json` and, beside it, its table `recipes.md`; returns the former."""
+    path = folder / "recipes.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=1) + "\n"
+    write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    page = table(result) + "\n"
+    write_atomic(path.with_suffix(".md"), lambda partial: partial.write_text(page, encoding="utf-8"))
+    return path

@@ -1,0 +1,72 @@
+"""Which resume state a run goes on from, and whether it is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..moe_lora import WanmoeError
+from . import checkpoint
+from .config import TrainerConfig
+from .stages import stage_name
+from .tracking import flatten
+
+# Settings that change what is learned: a resume with others is another run.
+LEARNING: dict[str, Any] = {
+    "adapter": True,
+    "router": True,
+    "objective": True,
+    "optimizer": True,
+    "data": {"reader", "balanced", "caption_dropout"},
+    "train": {"train_router", "train_base", "precision", "early_stop"},
+}
+# Told by their contents (`model.file_hashes`): a folder may move.
+PLACES = {"classifier", "vae", "lpips"}
+CHOOSE = "choose another train.run or set train.resume = false"
+
+
+def find(
+    run: Path, resume: bool, rank: int, say: Callable[[str], object]
+) -> tuple[Path | None, dict[str, Tensor] | None, dict[str, Any]]:
+    """(folder, tensors, trainer.json) of the newest state that verifies, or nothing for a fresh start."""
+    folder = run / "resume"
+    if not resume:
+        if rank == 0 and (aside := checkpoint.set_aside(folder)):
+            say(f"starting afresh; the states of the earlier run are in {aside}")
+        return None, None, {}
+    path, complaints = checkpoint.latest(folder)
+    for complaint in complaints:
+        say(complaint)
+    return (None, None, {}) if path is None else (path, *checkpoint.read(path))
+
+
+def identity(config: TrainerConfig, **facts: Any) -> dict[str, Any]:
+    """What must not change between a run and its resume; `facts` are those that the config does not hold."""
+    dump = config.model_dump(mode="json", include=LEARNING, exclude={"objective": PLACES})
+    stops = {"train.val_every": config.train.val_every} if config.train.early_stop else {}
+    learned = flatten(dump) | stops
+    return {"stage": stage_name(config), "seed": config.train.seed, **facts, **learned}
+
+
+def check(
+    run: Path,
+    state: Mapping[str, Tensor],
+    trainer: Mapping[str, Any],
+    own: Mapping[str, Any],
+    trainable: Mapping[str, Any],
+) -> None:
+    """Raises WanmoeError unless a state belongs to this run: same identity, same parameters."""
+    for key, value in own.items():
+        if trainer.get(key) != value:
+            raise WanmoeError(
+                f"{run}/resume: belongs to another run ({key} was {trainer.get(key)!r}, is {value!r}); "
+                f"{CHOOSE}"
+            )
+    other = sorted({name.split("/", 1)[1] for name in state} ^ set(trainable))
+    if other:
+        raise WanmoeError(
+            f"{run}/resume: {len(other)} parameters differ from this config's, e.g. {other[0]}; {CHOOSE}"
+        )

@@ -1,0 +1,139 @@
+"""What a run shows of itself, and when it has seen enough: figures, alarms, the gate picture, the best step.
+
+Letters: E experts, N held-out clips.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..moe_lora import WanmoeError
+from .config import TrainConfig
+from .meter import collapse
+from .plots import draw_gate_matrix
+from .stages import StageSpec
+from .tracking import Tracker
+from .validate import HeldOut
+
+
+class Watch:
+    """The log of a run; every rank has one and decides alike, rank 0 writes.
+
+    Args:
+        labels: index of the main instrument of each held-out clip, -1 without one.
+        tracker: None on other ranks than 0.
+        best: what `state` of an earlier attempt said.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        spec: StageSpec,
+        experts: Sequence[str],
+        labels: Sequence[int],
+        tracker: Tracker | None,
+        say: Callable[[str], object],
+        best: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config, self.spec, self.experts, self.labels = config, spec, list(experts), list(labels)
+        self.tracker, self.say = tracker, say
+        self.best: dict[str, Any] = dict(best or {})
+        """Value and step of the best validation by the metric of early stopping, and how many came since."""
+        self._alarmed = False
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Figures of one step, and a word where the experts collapse."""
+        if self.tracker is not None:
+            self.tracker.log(step, {key: value for key, value in values.items() if math.isfinite(value)})
+        if self.spec.routing not in ("labels", "router") or "load/entropy" not in values:
+            return
+        alarm = collapse(dict(values), self.experts, self.spec.routing == "router")
+        if alarm is not None and not self._alarmed:  # said once, until it has passed
+            self.say(f"step {step}: {alarm}")
+        self._alarmed = alarm is not None
+
+    def validated(self, step: int, held_out: HeldOut, levels: Sequence[float]) -> bool:
+        """Logs a validation; returns whether it is the best so far (where early stopping asks)."""
+        values = self._figures(held_out, levels)
+        self.log(step, values)
+        self.say(f"step {step}: {_line(values)}")
+        if self.spec.routing in ("labels", "router"):
+            self._draw(step, held_out)
+        return self._is_best(step, values)
+
+    def writes(self, step: int) -> bool:
+        """Whether the result file is to be that of this step."""
+        return self.config.early_stop is None or self.best.get("step") == step
+
+    @property
+    def ended(self) -> bool:
+        """Whether validations have gone on without a better one for as long as the config allows."""
+        return int(self.best.get("since", 0)) >= self.config.patience
+
+    def _figures(self, held_out: HeldOut, levels: Sequence[float]) -> dict[str, float]:
+        """`val/loss` and `val/roi`: of all clips, by noise level, by instrument, and by both."""
+        owners = torch.tensor(self.labels)
+        values: dict[str, float] = {}
+        kinds = (
+            ("loss", held_out.loss, held_out.read),
+            ("roi", held_out.roi, held_out.read & held_out.has_region),
+        )
+        for name, errors, counts in kinds:
+            groups = [("", counts)]
+            groups += [(f"/{expert}", counts & (owners == n)) for n, expert in enumerate(self.experts)]
+            for suffix, members in groups:
+                if not members.any():
+                    continue
+                rows = errors[members]
+                values[f"val/{name}{suffix}"] = float(rows.mean())
+                for level, mean in zip(levels, rows.mean(0).tolist(), strict=True):
+                    values[f"val/{name}_t{level:g}{suffix}"] = mean
+        return values
+
+    def _draw(self, step: int, held_out: HeldOut) -> None:
+        if self.tracker is None:
+            return
+        owners = torch.tensor(self.labels)
+        members = [held_out.read & (owners == index) for index in range(len(self.experts))]
+        rows = torch.stack([held_out.gates[own].mean(0) for own in members])
+        path = self.tracker.path.parent / "plots" / f"gates-{step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        title = f"mean gates of the held-out clips, step {step}"
+        draw_gate_matrix(path, rows, self.experts, self.experts, title)
+        self.tracker.artifact(path, "gates")
+
+    def _is_best(self, step: int, values: Mapping[str, float]) -> bool:
+        metric = self.config.early_stop
+        if metric is None:
+            return False
+        if metric not in values:
+            known = ", ".join(sorted(key for key in values if "_t" not in key))
+            raise WanmoeError(f"train.early_stop = {metric!r}: validation has no such figure; it has {known}")
+        value = values[metric] if math.isfinite(values[metric]) else math.inf
+        if not self.best or value < self.best["value"]:
+            self.best = {"value": value, "step": step, "since": 0}
+            return True
+        # A validation that a resumed run repeats counts once.
+        if step > self.best.get("seen", self.best["step"]):
+            self.best |= {"since": self.best["since"] + 1, "seen": step}
+        if self.ended:
+            self.say(
+                f"step {step}: {metric} has not fallen below {self.best['value']:.4f} of step "
+                f"{self.best['step']} in {self.best['since']} validations; training ends, that step is kept"
+            )
+        return False
+
+
+def _line(values: Mapping[str, float]) -> str:
+    text = f"held-out loss {values.get('val/loss', math.nan):.4f}"
+    return text + (f", in the region {values['val/roi']:.4f}" if "val/roi" in values else "")
+
+
+def main_experts(weights: Sequence[Tensor]) -> list[int]:
+    """Index of the largest of each clip's gates by label [E], -1 for a clip without evidence."""
+    return [int(gates.argmax()) if float(gates.sum()) > 0 else -1 for gates in weights]
