@@ -8,6 +8,7 @@ from wanmoe.launch import bench_recipes
 from wanmoe.launch.bench_recipes import BASE_LINE, MAIN, RECIPES, Sizes, run_recipes, table, write_result
 from wanmoe.moe_lora import WanmoeError
 
+STAGED = "A, then B: base frozen, one expert a clip"
 SMALL = Sizes(
     size=(64, 64), frames=9, clips=8, val=4, background=8, batch=2, pretrain_steps=2, steps=4, judge_steps=4
 )
@@ -17,27 +18,27 @@ SMALL = Sizes(
 def done(tmp_path_factory):
     """(folder, result, lines) of two recipes with one seed."""
     out, said = tmp_path_factory.mktemp("recipes") / "out", []
-    names = ["frozen base", "A, then B"]
+    names = ["frozen base", STAGED]
     result = run_recipes(names, [0], out, SMALL, 2, ["wanmoe", "bench", "recipes"], said.append)
     return out, result, said
 
 
 def test_recipes_are_trained_and_measured_with_their_parameters(done):
     out, result, said = done
-    (frozen,), (staged,) = result["rows"]["frozen base"], result["rows"]["A, then B"]
+    (frozen,), (staged,) = result["rows"]["frozen base"], result["rows"][STAGED]
     assert frozen["parameters"] == 0 and staged["parameters"] > 10_000
     assert "wrong" not in frozen and "wrong" in staged
     assert frozen["loss"] != staged["loss"] and 0 <= staged["pck"] <= 1 and 0 <= staged["identity"] <= 1
-    assert (out / "runs" / "a-then-b-0" / "1-b" / "adapter.safetensors").exists()
-    assert any(line.startswith("A, then B, seed 0: ") for line in said)
+    assert (out / "runs" / bench_recipes._slug(STAGED) + "-0" / "1-b" / "adapter.safetensors").exists()
+    assert any(line.startswith(f"{STAGED}, seed 0: ") for line in said)
     json.dumps(result)
 
 
 def test_a_second_call_takes_what_is_there(done, monkeypatch):
     out, result, _ = done
     monkeypatch.setattr(bench_recipes, "_run", lambda *_: pytest.fail("something was trained again"))
-    again = run_recipes(["A, then B"], [0], out, SMALL, 1, [], lambda _: None)
-    assert again["rows"]["A, then B"] == result["rows"]["A, then B"]
+    again = run_recipes([STAGED], [0], out, SMALL, 1, [], lambda _: None)
+    assert again["rows"][STAGED] == result["rows"][STAGED]
 
 
 def test_a_folder_of_other_sizes_or_other_things_is_refused(done, tmp_path):

@@ -193,7 +193,7 @@ def test_straight_through_is_top_k_forwards_and_all_experts_backwards(dit, input
     found = torch.autograd.grad(diffusion_loss(module, inputs), weights)
     # The slope of the loss at the gates that were used, those that are 0 too, passed on to all of probs.
     gates = kept.detach().requires_grad_()
-    module.expert_gates = lambda *_: gates
+    module.expert_gates = lambda *_: (gates, None)
     every = module.adapter.router_config.model_copy(update={"top_k": 4, "max_gate": 1.0})
     module.adapter.router_config = every
     (slope,) = torch.autograd.grad(diffusion_loss(module, inputs), gates)
