@@ -121,6 +121,8 @@ RECIPES: dict[str, Recipe] = {
         Recipe(BASE_LINE, _alone("a", **_WIDE)),
         Recipe("base + experts (rule)", _joint(_CONTRAST)),
         Recipe("base + experts + router (joint)", _joint(_CONTRAST, _ROUTER)),
+        Recipe(f"{BASE_LINE}, rate 1e-2", _alone("a", **_WIDE, **{"optimizer.lr": "1e-2"})),
+        Recipe(f"{BASE_LINE}, rate 4e-2", _alone("a", **_WIDE, **{"optimizer.lr": "4e-2"})),
         Recipe("A, then B: base frozen, one expert a clip", _in_turn(_ON)),
         Recipe("A, then B, experts off at little noise (bands)", _in_turn()),
         Recipe("A, then B, experts from the base's down", _in_turn(_ON, {"adapter.expert_init": '"base"'})),
@@ -250,7 +252,8 @@ class Shared:
             "train": {"stage": "pretrain", "run": str(self.base.parent), "steps": self.sizes.pretrain_steps},
         }
         keys = {"optimizer.lr": "3e-3"}
-        train(self._config(tree, keys, 0), self.out / "configs" / "base.toml")
+        # Alone on the machine for most of the time: with all of its cores.
+        train(self._config(tree, keys, 0), self.out / "configs" / "base.toml", os.cpu_count() or 1)
 
     def make_classifier(self) -> None:
         """Trains the instrument classifier."""
@@ -320,13 +323,13 @@ def run_one(shared: Shared, name: str, seed: int) -> dict[str, float]:
     return figures
 
 
-def train(config: Config, path: Path) -> set[Part]:
+def train(config: Config, path: Path, threads: int = 1) -> set[Part]:
     """Runs `wanmoe train` on a config; returns the parts of the adapter that it trains."""
     path.parent.mkdir(parents=True, exist_ok=True)
     dump = config.model_dump(mode="json", exclude_none=True, exclude_unset=True)
     path.write_text(tomli_w.dumps(dump), encoding="utf-8")
     words = command(config.launch, ["train", "--config", str(path)])
-    env = environment(config.launch) | {"OMP_NUM_THREADS": "1"}
+    env = environment(config.launch) | {"OMP_NUM_THREADS": str(threads)}
     _run(words, env, path.with_suffix(".log"))
     return set(STAGES[stage_name(config)].trains)
 

@@ -15,6 +15,7 @@ from wanmoe.launch.launcher import command, environment
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
 from wanmoe.moe_lora.wan.weights import save_dit
+from wanmoe.train.data.router_prompts import RouterPrompt
 from wanmoe.train.data.shard_writer import ShardWriter
 
 NAMES = ("Scissors", "Hook/Electrocautery", "Suction", "Other")
@@ -27,6 +28,10 @@ def write_shards(root: Path, labelled: bool = True, count: int = 12, marks: bool
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randn(4, 16, 2, 4, 4, generator=generator)
     with ShardWriter(root, STAND_IN, STAND_IN, null_context=torch.ones(1, 16)) as writer:
+        prompts = [RouterPrompt(f"prompt {n}", {NAMES[n % 4]: 1.0}) for n in range(8)]
+        if labelled:
+            pooled = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+            writer.set_router_prompts(pooled.half(), prompts)
         for index in range(count + 4):
             label = index % 4
             latent = patterns[label] + 0.3 * torch.randn(16, 2, 4, 4, generator=generator)

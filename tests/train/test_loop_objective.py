@@ -87,6 +87,7 @@ def test_the_run_says_its_terms_and_steps_and_logs_each_of_them(done):
     for line in lines:
         assert all(math.isfinite(line[f"train/{term}"]) for term in TERMS)
         total = sum(weight * line[f"train/{term}"] for term, weight in weights.items())
+        total += line["train/teacher_kl_prompts"]  # weighs as teacher_kl
         assert line["train/loss"] == pytest.approx(total, rel=1e-4)
         parts = [line[f"train/grad_norm/{part}"] for part in ("base", "experts", "time_gate", "router")]
         assert math.hypot(*parts) == pytest.approx(line["train/grad_norm"], rel=1e-3)
@@ -113,7 +114,7 @@ def test_one_rank_with_four_forwards_trains_like_two_with_two(done, launcher, ba
     tree = joint(base, shards, classifier, root / "one", 1, 4)
     launcher.run(tree, root / "one.toml")
     for one, two in zip(lines_of(root / "one"), lines_of(root / "two"), strict=True):
-        for key in ("train/loss", *(f"train/{term}" for term in TERMS)):
+        for key in ("train/loss", "train/teacher_kl_prompts", *(f"train/{term}" for term in TERMS)):
             assert one[key] == pytest.approx(two[key], rel=2e-4, abs=2e-6), (one["step"], key)
 
 
@@ -132,6 +133,17 @@ def test_a_resumed_joint_run_is_bit_equal_to_a_straight_one(done, launcher):
     assert [line["train/loss"] for line in lines_of(run)] == [
         line["train/loss"] for line in lines_of(root / "two")
     ]
+
+
+def test_the_joint_stage_runs_in_bf16_with_recomputation(launcher, base, shards, classifier, tmp_path):
+    tree = joint(base, shards, classifier, tmp_path / "run", 2, 1)
+    tree["train"] |= {"epochs": 1, "precision": "bf16", "checkpointing": True, "val_every": 0}
+    output = launcher.run(tree, tmp_path / "config.toml")
+    assert "skipped" not in output
+    lines = lines_of(tmp_path / "run")
+    assert len(lines) == 6 and all(math.isfinite(line[f"train/{term}"]) for line in lines for term in TERMS)
+    tensors = read_adapter(tmp_path / "run" / "adapter.safetensors")[1]
+    assert not torch.equal(tensors["router.time_center"], torch.full((4,), 0.35))
 
 
 def test_an_early_stop_ends_the_run_keeps_the_best_and_stays_ended(launcher, config, tmp_path):
