@@ -235,6 +235,8 @@ def _check_targets(targets: list[Path], read: Iterable[Path | None]) -> None:
 
 def _gates(path: Path, instrument: str | None, mix: dict[str, float] | None) -> dict[str, float] | None:
     """Weights of the experts as generate makes them of an instrument or a mix, where there is most noise."""
+    import torch
+
     from ..moe_lora.adapter_file import read_adapter_info
     from ..moe_lora.routing import RuleRouter, at_noise_level
 

@@ -33,7 +33,6 @@ from ..train.data.clips import Clip, instrument_names
 from ..train.data.prepare import label as label_of
 from ..train.data.prepare import prepare
 from ..train.data.router_prompts import router_prompts
-from ..train.data.shards import ROI
 from ..train.evaluate import evaluate_files, held_out_gates
 from ..train.synth import synth_clips
 from ..train.tracking import read_metrics
@@ -82,7 +81,8 @@ def run_demo(out: Path, clips: Path | None, ranks: int, seed: int, recipe: Recip
     start_afresh(out)
     say(f"demo in {out}: {ranks} ranks, seed {seed}")
     experts, shards = make_data(out, given, recipe, seed)
-    regions = all(ROI in row["parts"] for row in ShardDataset(shards["clips"], "train").rows)
+    encoded = ShardDataset(shards["clips"], "train")
+    regions = all(encoded.has_region(index) for index in range(len(encoded)))
     if not regions:
         say("the clips have no tips, boxes or masks: no loss looks at the instruments' region")
     for number, stage in enumerate(STAGES):

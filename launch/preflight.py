@@ -26,10 +26,11 @@ def preflight(config: Config) -> None:
         raise WanmoeError(
             f"model.dit is missing: stage {stage} adapts a trained base; run stage pretrain first"
         )
-    if stage in ("b", "c") and model.adapter is None:
+    if stage in ("b", "c") and model.adapter is None and not config.train.train_base:
         before = "a" if stage == "b" else "b"
         raise WanmoeError(
             f"model.adapter is missing: stage {stage} starts from the adapter of stage {before}"
+            + (", or trains a base of its own with train.train_base = true" if stage == "b" else "")
         )
     experts = config.adapter
     if model.adapter is not None:

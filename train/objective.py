@@ -19,6 +19,7 @@ from ..moe_lora.wan.codec import SPACE_STRIDE, Codec
 from . import losses, losses_decoded
 from .config import TrainerConfig
 from .data.batch import Batch, LabelGates
+from .data.shards import FLOW
 from .data.stored_prompts import PromptSampler
 from .judges.judge import Classifier, load_classifier
 from .noise import draw_t, noised, sample_generator, strata
@@ -410,15 +411,23 @@ class Objective:
 
 def _check_parts(shards: ShardIndex, weights: dict[Term, float]) -> None:
     """Every training clip has what the terms need of it; `WanmoeError` names the first that has not."""
-    needs = {"roi": ("roi.safetensors", "region"), "temporal": ("flow.safetensors", "optical flow")}
-    for term, (part, what) in needs.items():
-        if term not in weights:
-            continue
-        rows = shards.rows if term == "roi" else [r for r in shards.rows if r["bucket"].split("x")[0] != "1"]
-        lacking = [row["key"] for row in rows if part not in row["parts"]]
-        if lacking:
-            way = "annotate them (tips, boxes or masks) and" if term == "roi" else "prepare them again, or"
-            way = f"{way} prepare again, or" if term == "roi" else way
+    clips = list(enumerate(shards.rows))
+    has = {
+        "roi": ([row["key"] for n, row in clips if not shards.has_region(n)], "region"),
+        # A clip of one latent frame has no past to be compared with.
+        "temporal": (
+            [
+                row["key"]
+                for _, row in clips
+                if FLOW not in row["parts"] and not row["bucket"].startswith("1x")
+            ],
+            "optical flow",
+        ),
+    }
+    for term, (lacking, what) in has.items():
+        if term in weights and lacking:
+            way = "prepare them again, or"
+            way = f"annotate them (tips, boxes or masks) and {way}" if term == "roi" else way
             raise WanmoeError(
                 f"{shards.root}: {len(lacking)} of {len(shards.rows)} clips have no {what}, e.g. "
                 f"{lacking[0]}, which objective.{term} = {weights[term]:g} needs; {way} set "

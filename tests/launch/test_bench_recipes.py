@@ -29,7 +29,7 @@ def test_recipes_are_trained_and_measured_with_their_parameters(done):
     assert frozen["parameters"] == 0 and staged["parameters"] > 10_000
     assert "wrong" not in frozen and "wrong" in staged
     assert frozen["loss"] != staged["loss"] and 0 <= staged["pck"] <= 1 and 0 <= staged["identity"] <= 1
-    assert (out / "runs" / bench_recipes._slug(STAGED) + "-0" / "1-b" / "adapter.safetensors").exists()
+    assert len(list(out.glob("runs/*-0/1-b/adapter.safetensors"))) == 1
     assert any(line.startswith(f"{STAGED}, seed 0: ") for line in said)
     json.dumps(result)
 

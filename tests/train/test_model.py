@@ -52,7 +52,8 @@ def test_the_next_stage_starts_from_the_file_and_its_experts(config, saved):
     made = parsed(config, model={"adapter": str(saved), "noise_expert": "low"}, train={"stage": "b"})
     dit, adapter = load_model(made)
     assert adapter.config.blocks == 2 and dit.first_adapted == 1
-    assert file_hashes(made) == {"base_sha256": dit_hash(made.model.dit), "adapter_sha256": dit_hash(saved)}
+    found = {name: value for name, value in file_hashes(made).items() if value}
+    assert found == {"base_sha256": dit_hash(made.model.dit), "adapter_sha256": dit_hash(saved)}
 
 
 @pytest.mark.parametrize(

@@ -106,8 +106,9 @@ def run(own, model, batch, step=0):
 
 def test_the_total_is_the_weighted_sum_of_all_terms(make):
     loss = run(*make("b+router", **EVERY))
+    prompts = float(loss.terms.pop("teacher_kl_prompts"))  # weighs as teacher_kl
     assert set(loss.terms) == set(TERMS)
-    total = sum(EVERY[name] * float(value) for name, value in loss.terms.items())
+    total = sum(EVERY[name] * float(value) for name, value in loss.terms.items()) + prompts
     assert loss.total.item() == pytest.approx(total, rel=1e-5)
     assert all(math.isfinite(float(value)) and float(value) != 0 for value in loss.terms.values())
 
@@ -127,10 +128,11 @@ def test_removing_a_term_changes_its_own_alone_and_it_is_not_computed(make, monk
         owner, name = called[gone]
         monkeypatch.setattr(owner, name, lambda *_: pytest.fail(f"{gone} has weight 0 and was computed"))
     part = run(own, model, batch)
-    assert set(part.terms) == set(TERMS) - {gone}
+    removed = {gone, "teacher_kl_prompts"} if gone == "teacher_kl" else {gone}
+    assert set(part.terms) == set(whole.terms) - removed
     for name, value in part.terms.items():
         assert torch.equal(value, whole.terms[name]), name
-    expected = whole.total.item() - EVERY[gone] * float(whole.terms[gone])
+    expected = whole.total.item() - EVERY[gone] * sum(float(whole.terms[name]) for name in removed)
     assert part.total.item() == pytest.approx(expected, rel=1e-5)
 
 

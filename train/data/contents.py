@@ -50,6 +50,7 @@ class _SampleRow(_TextRow):
     bucket: str = Field(pattern=r"^[1-9]\d*x[1-9]\d*x[1-9]\d*$")
     text: str
     instruments: list[_Instrument]
+    region: bool | None = None
 
 
 class _Shard(_Strict):
@@ -163,9 +164,9 @@ def _meta_faults(row: Mapping[str, Any], data: bytes, manifest: Mapping[str, Any
     if not isinstance(meta, dict):
         return [f"is a JSON {type(meta).__name__}, not an object"]
     faults = [
-        f"{name} is {meta.get(name)!r}, the index says {row[name]!r}"
-        for name in ("key", "split", "bucket", "text", "instruments")
-        if meta.get(name) != row[name]
+        f"{name} is {meta.get(name)!r}, the index says {row.get(name)!r}"
+        for name in ("key", "split", "bucket", "text", "instruments", "region")
+        if meta.get(name) != row.get(name)
     ]
     faults += [
         f"encoded with another {name}: {meta.get(name)}, the manifest says {manifest[name]}"

@@ -87,6 +87,7 @@ def _keep(out: Salvage, shard: str, key: str, places: Places, data: bytes, vouch
         else:
             meta = json.loads(_cut(data, places[META]))
             row |= {name: meta[name] for name in ("key", "split", "bucket", "text", "instruments")}
+            row |= {"region": meta["region"]} if "region" in meta else {}
             out.codecs[json.dumps([meta["codec"], meta["text_encoder"]], sort_keys=True)] += 1
             out.image_latents["image_latent" in tensors] += 1
     except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:

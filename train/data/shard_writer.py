@@ -163,6 +163,7 @@ class ShardWriter:
             raise ShardError(tar.name, key, None, f"{kind} beside samples with {self._kind}")
         text = self._add_text(tar.name, key, context)
         body = {**meta, "key": key, "split": split, "bucket": bucket, "text": text, **self.head}
+        body["region"] = roi is not None
         body.pop("format")
         parts = {LATENT: self._pack(tar.name, key, {"latent": latent, "image_latent": image_latent})}
         if roi is not None or picture is not None:
@@ -172,7 +173,8 @@ class ShardWriter:
         parts[META] = compact_json(body)
         places = self._append(tar, key, parts)
         row = {"key": key, "split": split, "bucket": bucket, "shard": tar.name, "text": text}
-        self._rows.append({**row, "instruments": list(body["instruments"]), "parts": places})
+        known = {"instruments": list(body["instruments"]), "region": body["region"]}
+        self._rows.append({**row, **known, "parts": places})
         if tar.size >= self.max_bytes:
             self._close((split, bucket))
 

@@ -143,6 +143,11 @@ class ShardIndex:
         """(name, weight) pairs of one sample, from the index alone."""
         return tuple((str(one["name"]), float(one["weight"])) for one in self.rows[index]["instruments"])
 
+    def has_region(self, index: int) -> bool:
+        """Whether a sample says where the instrument is, from the index alone."""
+        row = self.rows[index]
+        return bool(row.get("region", ROI in row["parts"]))
+
     def read(self, index: int) -> Sample:
         """One sample, each part checked against its CRC-32; its parts lie together and are read at once."""
         row = self.rows[index]

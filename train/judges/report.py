@@ -5,11 +5,11 @@ Nothing in the page is loaded from elsewhere; charts are inline SVG.
 
 import json
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup, escape
 
 from ...moe_lora.files import write_atomic
 from .judge import JudgeInfo
@@ -109,7 +109,7 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
-def chart(lines: Sequence[Line], x_title: str, y_title: str) -> Markup:
+def chart(lines: Sequence[Line], x_title: str, y_title: str) -> str:
     """Lines of shares (0 to 1) as an SVG."""
     right = max(max(line.x) for line in lines)
     left = min(0.0, *(min(line.x) for line in lines))
@@ -143,7 +143,7 @@ def chart(lines: Sequence[Line], x_title: str, y_title: str) -> Markup:
         for n, line in enumerate(lines)
     )
     label = f"{escape(y_title)} against {escape(x_title)}"
-    return Markup(
+    return (
         f'<svg viewBox="0 0 {_WIDE} {_HIGH}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
         f'<p class="legend">{legend}</p>'
     )
