@@ -127,13 +127,12 @@ def timeline(
 
 def _gates(moment: Moment, experts: ExpertSet) -> Tensor:
     gates = torch.zeros(len(experts))
-    for name, weight in moment.weights.items():
-        try:
-            members = experts.weights(name)
-        except WanmoeError as error:
-            raise WanmoeError(f"schedule, frame {moment.frame}: {error}") from error
-        for member, part in members.items():
-            gates[experts.index(member)] += weight * part
+    try:
+        shares = experts.shares(moment.weights.items())
+    except WanmoeError as error:
+        raise WanmoeError(f"schedule, frame {moment.frame}: {error}") from error
+    for member, share in shares.items():
+        gates[experts.index(member)] = share
     return gates / gates.sum()
 
 

@@ -278,8 +278,8 @@ class Adapter:
         alpha_base: float = 1.0,
         alpha_expert: float = 1.0,
     ) -> Gates:
-        """Router output -> Gates of a forward: `at_noise_level`, or by the learned factor of t, x
-        alpha_expert on the experts; alpha_base on the base.
+        """Router output -> Gates of a forward: `at_noise_level` x alpha_expert on the experts, alpha_base on
+        the base.
 
         Args:
             experts: [B, E] per clip or [B, F, E] per latent frame.
@@ -290,12 +290,8 @@ class Adapter:
         if tokens % frames:
             raise ValueError(f"{tokens} tokens of a clip do not divide among {frames} gate frames")
         rows = experts.reshape(t.shape[0] * frames, -1)
-        if self.time_gate is None:
-            rows = at_noise_level(rows, t.repeat_interleave(frames), self.router_config)
-        else:
-            floor, factor = self.router_config.floor, self.time_gate(t).to(rows.dtype)
-            rows = (floor + (1 - floor) * rows) * factor.repeat_interleave(frames, dim=0)
-        rows = rows * alpha_expert
+        levels = t.repeat_interleave(frames)
+        rows = at_noise_level(rows, levels, self.router_config, self.time_gate) * alpha_expert
         base = torch.full((rows.shape[0],), alpha_base, device=rows.device, dtype=rows.dtype)
         return Gates(rows, base, tokens // frames)
 

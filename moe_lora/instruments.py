@@ -205,6 +205,16 @@ class ExpertSet:
                 return dict.fromkeys(members, 1 / len(members))
         return {self.names[self.index(name)]: 1.0}
 
+    def shares(self, weights: Iterable[tuple[str, float]]) -> dict[str, float]:
+        """(name, weight) pairs of either taxonomy as weights per expert name, of the same sum: a name is
+        spread as `weights` says, and what names the same expert adds up. Raises WanmoeError as `index` does.
+        """
+        found: dict[str, float] = {}
+        for name, weight in weights:
+            for member, part in self.weights(name).items():
+                found[member] = found.get(member, 0.0) + weight * part
+        return found
+
     def find(self, text: str) -> dict[str, int]:
         """Keyword hits per expert name in `text`: longest match first, no overlaps; {} means no evidence."""
         spans = [

@@ -184,14 +184,15 @@ def learned_gates(probs: Tensor, config: RouterConfig, training: bool) -> Tensor
     return kept.detach() + (probs - probs.detach()) if training else kept
 
 
-def at_noise_level(gates: Tensor, t: Tensor, config: RouterConfig) -> Tensor:
-    """Gates [G, E] of labels, hints or a router as the model gets them at noise levels t [G], by `floor` and
-    `bands`, or by `contrast`; a row of zeros, no evidence, has no contrast."""
+def at_noise_level(gates: Tensor, t: Tensor, config: RouterConfig, learned: TimeGate | None = None) -> Tensor:
+    """Gates [G, E] of labels, hints or a router as the model gets them at noise levels t [G]: by `contrast`,
+    or by `floor` and the bands, in whose place a `learned` gate stands. A row of zeros, no evidence, has no
+    contrast."""
     if config.time_gate == "contrast":
         width = ramp(t.float(), config.contrast).to(gates.dtype)[:, None]
         return 1 + width * (gates.shape[1] * gates - gates.sum(1, keepdim=True))
-    factor = band(t.float(), config.bands).to(gates.dtype)[:, None]
-    return (config.floor + (1 - config.floor) * gates) * factor
+    factor: Tensor = band(t.float(), config.bands)[:, None] if learned is None else learned(t)
+    return (config.floor + (1 - config.floor) * gates) * factor.to(gates.dtype)
 
 
 def ema_over_frames(gates: Tensor, beta: float, k: int) -> Tensor:
@@ -250,8 +251,8 @@ class RuleRouter:
         for name, weight in weights:
             if not (weight >= 0 and weight < float("inf")):
                 raise WanmoeError(f"{what}: weight of {name!r} must be finite and not negative, got {weight}")
-            for member, part in self.experts.weights(name).items():
-                gates[self.experts.index(member)] += weight * part
+        for member, share in self.experts.shares(weights).items():
+            gates[self.experts.index(member)] = share
         if not gates.sum() > 0:
             raise WanmoeError(
                 f"{what}: the weights {dict(weights)} sum to zero; give at least one above zero"

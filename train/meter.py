@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .objective import Loss
+from .routing_losses import entropy
 
 BINS = 10
 # The load of few clips is uneven by chance: it is told when each expert could have had so many.
@@ -84,8 +85,7 @@ class Meter:
             return {}
         load = gates[:-2] / total
         shares = {f"load/{name}": share for name, share in zip(self.experts, load.tolist(), strict=True)}
-        entropy = float(-torch.xlogy(load, load).sum())
-        return shares | {"load/entropy": entropy, "gates/entropy": float(gates[-2] / gates[-1])}
+        return shares | {"load/entropy": float(entropy(load)), "gates/entropy": float(gates[-2] / gates[-1])}
 
 
 def collapse(figures: dict[str, float], experts: Sequence[str], learned: bool) -> str | None:

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 # Text-only prompts that teach a router in one step, over all ranks and forwards.
 PROMPTS = 256
-# Terms that have a value for each clip.
-PER_CLIP: tuple[Term, ...] = ("diffusion", "roi", "identity", "temporal")
 
 
 class Inputs(NamedTuple):

@@ -9,14 +9,18 @@ from types import SimpleNamespace
 import pytest
 import tomli_w
 import torch
+import torch.distributed as dist
 
 from wanmoe.launch.config import LaunchConfig
 from wanmoe.launch.launcher import command, environment
+from wanmoe.moe_lora.instruments import SURGICAL
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
 from wanmoe.moe_lora.wan.weights import save_dit
 from wanmoe.train.data.router_prompts import RouterPrompt
 from wanmoe.train.data.shard_writer import ShardWriter
+from wanmoe.train.data.shards import ShardDataset
+from wanmoe.train.judges.judge import Classifier, JudgeInfo, save_judge
 
 NAMES = ("Scissors", "Hook/Electrocautery", "Suction", "Other")
 STAND_IN = {"name": "test", "fingerprint": "0" * 64, "stand_in": True}
@@ -120,3 +124,44 @@ def launcher() -> SimpleNamespace:
 def make_shards():
     """`write_shards`, for tests that need a set of their own."""
     return write_shards
+
+
+@pytest.fixture(scope="session")
+def random_classifier(shards):
+    """`random_classifier(path, experts)` writes a classifier of these shards with random weights, for tests in
+    which it matters that it is asked, not what it says."""
+
+    def write(path: Path, experts=SURGICAL) -> Path:
+        torch.manual_seed(0)
+        info = JudgeInfo(
+            experts=experts,
+            sizes=("2x4x4",),
+            codec=ShardDataset(shards, "train").manifest["codec"],
+            shards_sha256="",
+            clips=12,
+            steps=1,
+            batch=1,
+            lr=1.0,
+            seed=0,
+            held_out={},
+            versions={},
+        )
+        save_judge(Classifier(info), path)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def classifier(random_classifier, tmp_path_factory) -> Path:
+    """A classifier of the four families with random weights."""
+    return random_classifier(tmp_path_factory.mktemp("judge") / "classifier.safetensors")
+
+
+@pytest.fixture(scope="module")
+def lone_group(tmp_path_factory):
+    """A process group of one, for what asks its ranks."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -12,34 +12,10 @@ from safetensors.torch import load_file
 from wanmoe.moe_lora.adapter_file import read_adapter
 from wanmoe.moe_lora.instruments import SURGICAL
 from wanmoe.train import meter
-from wanmoe.train.data.shards import ShardDataset
-from wanmoe.train.judges.judge import Classifier, JudgeInfo, save_judge
 from wanmoe.train.tracking import read_metrics
 
 NAMES = [expert.name for expert in SURGICAL]
 TERMS = ("diffusion", "roi", "identity", "temporal", "entropy", "balance", "teacher_kl", "orthogonality")
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory, shards):
-    """A classifier with random weights: only that it is asked matters here."""
-    torch.manual_seed(0)
-    info = JudgeInfo(
-        experts=SURGICAL,
-        sizes=("2x4x4",),
-        codec=ShardDataset(shards, "train").manifest["codec"],
-        shards_sha256="",
-        clips=12,
-        steps=1,
-        batch=1,
-        lr=1.0,
-        seed=0,
-        held_out={},
-        versions={},
-    )
-    path = tmp_path_factory.mktemp("judge") / "classifier.safetensors"
-    save_judge(Classifier(info), path)
-    return path
 
 
 def joint(base, shards, classifier, run, ranks, accumulation):

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from wanmoe.train import meter as meter_module
 from wanmoe.train.meter import Meter, collapse
@@ -13,13 +12,7 @@ from wanmoe.train.objective import Loss
 NAMES = ["Scissors", "Hook/Electrocautery"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def group(tmp_path_factory):
-    """A process group of one: the meter always asks its ranks."""
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("lone_group")
 
 
 def loss(t, diffusion, rule, kept):

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from wanmoe.launch.config import parse_config
 from wanmoe.moe_lora import AdapterConfig, RouterConfig, WanmoeError, attach
@@ -15,7 +14,6 @@ from wanmoe.train import objective as objective_module
 from wanmoe.train.data.batch import LabelGates, collate
 from wanmoe.train.data.shards import ShardDataset
 from wanmoe.train.engine import RoutedDiT, whole_router
-from wanmoe.train.judges.judge import Classifier, JudgeInfo, save_judge
 from wanmoe.train.objective import Objective
 from wanmoe.train.stages import STAGES, TERMS, loss_weights, stage_name
 
@@ -23,38 +21,7 @@ EVERY = dict.fromkeys(TERMS, 1.0) | {"roi": 3.0, "identity": 0.5, "entropy": 0.0
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def group(tmp_path_factory):
-    """A process group of one: the window of the router asks its ranks."""
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def info(manifest, experts=SURGICAL):
-    return JudgeInfo(
-        experts=experts,
-        sizes=("2x4x4",),
-        codec=manifest["codec"],
-        shards_sha256="",
-        clips=12,
-        steps=1,
-        batch=1,
-        lr=1.0,
-        seed=0,
-        held_out={},
-        versions={},
-    )
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory, shards):
-    """A classifier with random weights: what it says does not matter here, that it is asked does."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("judge") / "classifier.safetensors"
-    save_judge(Classifier(info(ShardDataset(shards, "train").manifest)), path)
-    return path
+pytestmark = pytest.mark.usefixtures("lone_group")
 
 
 @pytest.fixture
@@ -230,9 +197,9 @@ def test_a_missing_classifier_is_asked_for_with_the_command(make):
     assert "identity" not in own.weights
 
 
-def test_a_classifier_of_other_instruments_is_refused(make, shards, tmp_path):
+def test_a_classifier_of_other_instruments_is_refused(make, random_classifier, tmp_path):
     path = tmp_path / "other.safetensors"
-    save_judge(Classifier(info(ShardDataset(shards, "train").manifest, SURGICAL[:3])), path)
+    random_classifier(path, SURGICAL[:3])
     with pytest.raises(WanmoeError, match="but the experts are Scissors.*train it with the same"):
         make("b", classifier=str(path))
 

@@ -210,17 +210,12 @@ def label(clip: Clip, experts: ExpertSet) -> Instruments:
     Raises `WanmoeError` that names the line where a label is not in the set.
     """
     if clip.instruments is not None:
-        weights: dict[str, float] = {}
-        for given, weight in clip.instruments:
-            try:
-                members = experts.weights(given)
-            except WanmoeError as error:
-                raise WanmoeError(
-                    f"{clip.origin}: {error}; your own experts are given by --experts CONFIG"
-                ) from error
-            for name, part in members.items():
-                weights[name] = weights.get(name, 0.0) + weight * part
-        return tuple(weights.items())
+        try:
+            return tuple(experts.shares(clip.instruments).items())
+        except WanmoeError as error:
+            raise WanmoeError(
+                f"{clip.origin}: {error}; your own experts are given by --experts CONFIG"
+            ) from error
     if clip.instrument_label is not None:
         if clip.instrument_label >= len(experts.names):
             raise WanmoeError(

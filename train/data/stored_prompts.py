@@ -102,15 +102,11 @@ def _prompt(line: str, origin: str, experts: ExpertSet) -> RouterPrompt:
     total = sum(given.values())
     if not 0 < total < math.inf:
         raise WanmoeError(f"{origin}: instruments need a weight above zero in all, got {given!r}")
-    weights: dict[str, float] = {}
-    for name, weight in given.items():
-        try:
-            members = experts.weights(name)
-        except WanmoeError as error:
-            raise WanmoeError(f"{origin}: {error}") from error
-        for member, part in members.items():
-            weights[member] = weights.get(member, 0.0) + weight * part / total
-    return RouterPrompt(text, weights)
+    try:
+        shares = experts.shares(given.items())
+    except WanmoeError as error:
+        raise WanmoeError(f"{origin}: {error}") from error
+    return RouterPrompt(text, {name: share / total for name, share in shares.items()})
 
 
 def _is_weight(value: Any) -> bool:

@@ -168,9 +168,8 @@ def peaks(heat: Tensor, offsets: Tensor) -> Tensor:
 def class_weights(experts: ExpertSet, instruments: Sequence[tuple[str, float]]) -> Tensor:
     """[K]: labels (name, weight) as weights of the experts that sum to 1; all 0 without a label."""
     weights = torch.zeros(len(experts))
-    for name, weight in instruments:
-        for known, share in experts.weights(name).items():
-            weights[experts.names.index(known)] += weight * share
+    for name, share in experts.shares(instruments).items():
+        weights[experts.index(name)] = share
     total = weights.sum()
     return weights / total if total > 0 else weights
 
