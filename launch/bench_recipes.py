@@ -54,6 +54,10 @@ class Sizes:
     clips: int = 160
     val: int = 48
     background: int = 400
+    few: int = 20
+    """Training clips where they are few."""
+    pairs: int = 24
+    """Held-out clips of two instruments; in training none has two."""
     batch: int = 4
     pretrain_steps: int = 800
     steps: int = 600
@@ -79,6 +83,8 @@ class Recipe:
 
     name: str
     stages: tuple[Stage, ...]
+    clips: str = "clips"
+    """What it is trained on; measured are all on the same clips."""
 
 
 _RANKS = (("q", 8), ("k", 4), ("v", 4), ("o", 4), ("ffn", 4))
@@ -132,7 +138,8 @@ RECIPES: dict[str, Recipe] = {
         Recipe("joint, floor 0.5", _joint(_ON, {"router.floor": "0.5"})),
         Recipe("joint, wide contrast", _joint(_CONTRAST, {"router.contrast": "[[0.3, 0.0], [0.9, 0.5]]"})),
         Recipe("joint, soft to sharp", _joint(_ON, {"objective.soft_start": "0.8"})),
-        Recipe("joint, experts at twice the rate", _joint(_ON, {"optimizer.base_lr": "1e-2"})),
+        # A clip is one of four instruments: its expert sees a quarter of what the base sees.
+        Recipe("joint, one expert a clip, rate by its share", _joint(_ON, {"optimizer.base_lr": "5e-3"})),
         Recipe("joint, orthogonal experts", _joint(_ON, {"objective.orthogonality": "0.1"})),
         Recipe("joint, learned time gate", _joint({"router.time_gate": '"learned"', "router.floor": "0.5"})),
         Recipe("joint, contrast, rank dropout", _joint(_CONTRAST, {"adapter.rank_dropout": "0.05"})),
@@ -142,9 +149,15 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             f"{BASE_LINE}, captions dropped by half", _alone("a", **_WIDE, **{"data.caption_dropout": "0.5"})
         ),
+        Recipe(f"{BASE_LINE}, few clips", _alone("a", **_WIDE), "few"),
+        Recipe("base + experts (rule), few clips", _joint(_CONTRAST), "few"),
+        Recipe("joint, one expert a clip, few clips", _joint(_ON), "few"),
     )
 }
 MAIN = tuple(RECIPES)[:5]
+
+# Kinds of scenes: instruments in each, and the seed they are drawn with.
+_SCENES = {"clips": (1, 0), "background": (0, 1), "few": (1, 2), "pairs": (2, 3)}
 
 
 def run_recipes(
@@ -170,7 +183,7 @@ def run_recipes(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
         say("clips, base, classifier and detector")
-        list(pool.map(shared.make_clips, ("clips", "background")))
+        list(pool.map(shared.make_clips, _SCENES))
         makers = [
             pool.submit(make) for make in (shared.make_base, shared.make_classifier, shared.make_detector)
         ]
@@ -192,7 +205,7 @@ def run_recipes(
         "sizes": asdict(sizes),
         "seeds": list(seeds),
         "judges": judged(shared.classifier, shared.detector),
-        "recipes": {name: [asdict(stage) for stage in RECIPES[name].stages] for name in names},
+        "recipes": {name: asdict(RECIPES[name]) for name in names},
         "rows": {name: [rows[name][seed] for seed in seeds] for name in names},
         "minutes": (time.monotonic() - began) / 60,
     }
@@ -208,7 +221,7 @@ class Shared:
         self.detector = self.out / "detector.safetensors"
 
     def shards(self, kind: str) -> Path:
-        """Of the "clips" or of the "background"."""
+        """Of one kind of _SCENES."""
         return self.out / "shards" / kind
 
     def row(self, name: str, seed: int) -> Path:
@@ -216,16 +229,22 @@ class Shared:
         return self.out / "rows" / f"{_slug(name)}-{seed}.json"
 
     def make_clips(self, kind: str) -> None:
-        """Draws and encodes the scenes with or without instruments."""
+        """Draws and encodes one kind of scenes."""
         if (self.shards(kind) / "manifest.json").exists():
             return
-        with_tools, sizes = kind == "clips", self.sizes
+        sizes, (instruments, seed) = self.sizes, _SCENES[kind]
+        clips, val = {
+            "clips": (sizes.clips, sizes.val),
+            "few": (sizes.few, 4),
+            "pairs": (1, sizes.pairs),
+            "background": (sizes.background, 16),
+        }[kind]
         path = synth_clips(
             self.out / kind,
-            clips=sizes.clips if with_tools else sizes.background,
-            val=sizes.val if with_tools else 16,
-            seed=0 if with_tools else 1,
-            instruments=with_tools,
+            clips=clips,
+            val=val,
+            seed=seed,
+            instruments=instruments,
             height=sizes.size[0],
             width=sizes.size[1],
             frames=sizes.frames,
@@ -239,7 +258,7 @@ class Shared:
             size=sizes.size,
             frames=sizes.frames,
             seed=0,
-            router_prompts=router_prompts(ExpertSet(SURGICAL)) if with_tools else (),
+            router_prompts=router_prompts(ExpertSet(SURGICAL)) if instruments else (),
         )
 
     def make_base(self) -> None:
@@ -265,15 +284,16 @@ class Shared:
         if not self.detector.exists():
             self._command("train-detector", self.detector)
 
-    def stage(self, stage: Stage, run: Path, before: Path | None, seed: int) -> Config:
-        """The config of one stage of a recipe."""
+    def stage(self, recipe: Recipe, number: int, run: Path, before: Path | None, seed: int) -> Config:
+        """The config of one stage of a recipe, after the adapter `before`."""
+        stage = recipe.stages[number]
         model: dict[str, Any] = {"dit": str(self.base)}
         if before is not None:
             model["adapter"] = str(before)
         steps = max(1, round(stage.share * self.sizes.steps))
         tree: dict[str, Any] = {
             "model": model,
-            "data": {"shards": str(self.shards("clips"))},
+            "data": {"shards": str(self.shards(recipe.clips))},
             "objective": {"classifier": str(self.classifier)},
             "train": {"stage": stage.stage, "run": str(run), "steps": steps},
         }
@@ -298,27 +318,33 @@ class Shared:
 
 def run_one(shared: Shared, name: str, seed: int) -> dict[str, float]:
     """Trains one recipe with one seed and measures it; what is done already is read."""
-    path = shared.row(name, seed)
-    stages = json.loads(json.dumps([asdict(stage) for stage in RECIPES[name].stages]))
+    path, recipe = shared.row(name, seed), RECIPES[name]
+    as_written = json.loads(json.dumps(asdict(recipe)))
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
-        if found.pop("stages") == stages:  # else the recipe is another one by now
+        if found.pop("recipe") == as_written:  # else it is another one by now
             return found
     began = time.monotonic()
     adapter: Path | None = None
     trained: set[Part] = set()
-    for number, stage in enumerate(RECIPES[name].stages):
+    for number, stage in enumerate(recipe.stages):
         run = shared.out / "runs" / f"{_slug(name)}-{seed}" / f"{number}-{stage.stage}"
-        config = shared.stage(stage, run, adapter, seed)
+        config = shared.stage(recipe, number, run, adapter, seed)
         trained |= train(config, shared.out / "configs" / f"{_slug(name)}-{seed}-{number}.toml")
         adapter = run / "adapter.safetensors"
     seconds = time.monotonic() - began
     figures = measure(
-        shared.base, adapter, shared.shards("clips"), shared.classifier, shared.detector, trained
+        shared.base,
+        adapter,
+        shared.shards("clips"),
+        shared.shards("pairs"),
+        shared.classifier,
+        shared.detector,
+        trained,
     )
     figures["train_s"] = seconds
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(figures | {"stages": stages}, indent=1)
+    text = json.dumps(figures | {"recipe": as_written}, indent=1)
     write_atomic(path, lambda partial: partial.write_text(text))
     return figures
 

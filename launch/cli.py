@@ -50,12 +50,14 @@ def synth(
     size: Size = (96, 96),
     frames: Annotated[int, typer.Option(help="Frames per clip, 4 n + 1.")] = 17,
     seed: int = 0,
-    instruments: Annotated[bool, typer.Option(help="Draw instruments, or the background alone.")] = True,
+    instruments: Annotated[
+        int, typer.Option(min=0, max=2, help="In a scene; 0 draws the background alone.")
+    ] = 1,
     background: Annotated[
         Path | None, typer.Option(help="Video to draw on instead of procedural tissue.")
     ] = None,
 ) -> None:
-    """Draw synthetic scenes: four instruments over moving tissue, with exact tips, masks, boxes and
+    """Draw synthetic scenes: four kinds of instrument over moving tissue, with exact tips, masks, boxes and
     captions."""
     from ..train.synth import synth_clips
 

@@ -120,7 +120,7 @@ def make_data(
         clips=recipe.background_clips,
         val=16,
         seed=seed + 1,
-        instruments=False,
+        instruments=0,
         **scene,
     )
     if given is None:

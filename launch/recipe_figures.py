@@ -19,7 +19,7 @@ from ..train.judges.judge import Classifier, Detector, load_classifier, load_det
 from ..train.judges.measures import pad_tips, pck, true_tips
 from ..train.regenerate import regenerate
 from ..train.stages import STAGES, StageSpec
-from ..train.validate import held_out_errors
+from ..train.validate import HeldOut, held_out_errors
 
 RADIUS = 8.0
 COLUMNS: dict[str, str] = {
@@ -27,6 +27,7 @@ COLUMNS: dict[str, str] = {
     "loss": "held-out loss",
     "roi": "in the region",
     "withheld": "caption withheld",
+    "pairs": "two instruments, in the region",
     "wrong": "wrong expert less right",
     "identity": "identity",
     "identity_withheld": "identity, caption withheld",
@@ -38,6 +39,7 @@ def measure(
     base: Path,
     adapter_path: Path | None,
     shards: Path,
+    pairs: Path,
     classifier: Path,
     detector: Path,
     trained: Iterable[Part],
@@ -45,7 +47,8 @@ def measure(
     """One row of the table by the keys of COLUMNS; `wrong` only where the experts route.
 
     loss, roi: flow-matching error over nine noise levels, of the picture and of the instruments' region;
-    withheld: `loss` with the encoding of no caption in place of the caption; wrong: by how much `loss` rises
+    withheld: `loss` with the encoding of no caption in place of the caption; pairs: `roi` of clips that show
+    two instruments, each with half of the gates; wrong: by how much `loss` rises
     with one of the wrong experts, mean over them; identity, pck: of the held-out clips noised to t = 0.8 and
     made again (`regenerate`), how many the classifier takes for what they are, and how many tips lie within
     RADIUS pixels of the true ones.
@@ -53,7 +56,8 @@ def measure(
     model = Model(base, adapter_path, shards)
     figures = {"parameters": float(0 if model.adapter is None else model.adapter.count(tuple(trained)))}
     errors = held_out_errors(model, model.data, model.gates)
-    figures |= {"loss": float(errors.loss.mean()), "roi": float(errors.roi[errors.has_region].mean())}
+    figures |= {"loss": float(errors.loss.mean()), "roi": _in_region(errors)}
+    figures["pairs"] = _in_region(held_out_errors(model, ShardDataset(pairs, "val"), model.gates))
     model.withheld = True
     figures["withheld"] = float(held_out_errors(model, model.data, model.gates).loss.mean())
     model.withheld = False
@@ -64,6 +68,10 @@ def measure(
     model.withheld = True
     figures["identity_withheld"], _ = model.seen(judge, finder)
     return figures
+
+
+def _in_region(errors: HeldOut) -> float:
+    return float(errors.roi[errors.has_region].mean())
 
 
 class Model:

@@ -6,6 +6,8 @@ more.
 """
 
 import json
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,14 @@ def synth_clips(
     frames: int = 17,
     fps: float = 16,
     seed: int = 0,
-    instruments: bool = True,
+    instruments: int = 1,
     background: str | Path | None = None,
 ) -> Path:
     """Draw `clips` training and `val` held-out scenes; returns the path of `clips.jsonl`.
 
-    The same arguments give the same bytes. Instruments take turns, so every split has each of them equally
-    often; `instruments=False` draws the background alone. `background` is a video whose frames replace the
+    The same arguments give the same bytes. `instruments` is how many a scene has, 0 to 2: 0 draws the
+    background alone, two come from different sides. They (or their six pairs) take turns, so every split has
+    each equally often. `background` is a video whose frames replace the
     drawn tissue (its first 1000 frames at `fps`; the last quarter of them for the held-out scenes alone,
     where it is long enough). Writes `videos/*.mp4` and `masks/*.png` (the frames' masks stacked vertically).
     A former result at `out` is replaced, a folder with other files never is. Raises `WanmoeError` on sizes
@@ -52,9 +55,12 @@ def synth_clips(
             f"synth: clips and frames are 1 or more, val and seed 0 or more, fps positive; "
             f"got clips {clips}, val {val}, frames {frames}, seed {seed}, fps {fps}"
         )
+    if instruments not in (0, 1, 2):
+        raise WanmoeError(f"synth: a scene has 0, 1 or 2 instruments; got {instruments}")
     if min(height, width) < 32 or height % 2 or width % 2:
         raise WanmoeError(f"synth: height and width are even and 32 or more; got {height} x {width}")
     footage = _read_footage(background, frames, fps, height, width) if background is not None else {}
+    turns = list(combinations(TOOLS, instruments))
     with staged_folder(out, lambda name: name in ("clips.jsonl", "videos", "masks")) as folder:
         (folder / "videos").mkdir()
         if instruments:
@@ -65,40 +71,49 @@ def synth_clips(
             ]
             for split, number in scenes:
                 rng = np.random.default_rng([seed, split == "val", number, instruments])
-                tool = TOOLS[number % len(TOOLS)] if instruments else None
+                tools = turns[number % len(turns)]
                 scene = draw_scene(
-                    tool, rng, frames=frames, height=height, width=width, footage=footage.get(split)
+                    tools, rng, frames=frames, height=height, width=width, footage=footage.get(split)
                 )
-                row = _row(scene, tool, number, split, seed, rng)
+                row = _row(scene, tools, number, len(turns), split, seed, rng)
                 _write(folder, row, scene, fps)
                 listing.write(json.dumps(row, ensure_ascii=False) + "\n")
     return Path(out) / "clips.jsonl"
 
 
 def _row(
-    scene: Scene, tool: Tool | None, number: int, split: str, seed: int, rng: np.random.Generator
+    scene: Scene,
+    tools: Sequence[Tool],
+    number: int,
+    turns: int,
+    split: str,
+    seed: int,
+    rng: np.random.Generator,
 ) -> dict[str, Any]:
     """The line of `clips.jsonl` of one scene."""
-    english, chinese = captions(tool.name if tool else "", scene.side, rng)
-    kind = _SLUGS[TOOLS.index(tool)] if tool else "tissue"
+    names = [tool.name for tool in tools]
+    said = [captions(name, side, rng) for name, side in zip(names or [""], scene.sides or [""], strict=True)]
+    english, chinese = " ".join(one for one, _ in said), "".join(one for _, one in said)
+    kind = "-".join(_SLUGS[TOOLS.index(tool)] for tool in tools) or "tissue"
     stem = f"{split}-{number:04d}-{kind}"
     # The language changes once every instrument has had its turn: by clip it would follow the instrument.
-    in_chinese = number // len(TOOLS) % 2 == 1
+    in_chinese = number // turns % 2 == 1
     row: dict[str, Any] = {
         "id": stem,
         "video_path": f"videos/{stem}.mp4",
         "caption": chinese if in_chinese else english,
         "caption_en": english,
         "caption_zh": chinese,
-        "instruments": [{"name": tool.name, "weight": 1.0}] if tool else [],
+        "instruments": [{"name": name, "weight": 1 / len(names)} for name in names],
         "source": f"synth{seed}-{split}-{number:04d}",
         "split": split,
         "num_frames": len(scene.frames),
     }
-    if tool:
-        row["instrument_label"] = TOOLS.index(tool)
-        row["tips"] = [[index, x, y] for index, (x, y) in enumerate(scene.tips)]
-        row["boxes"] = [[index, *box] for index, box in enumerate(scene.boxes)]
+    if len(tools) == 1:
+        row["instrument_label"] = TOOLS.index(tools[0])
+    if tools:
+        row["tips"] = [list(tip) for tip in scene.tips]
+        row["boxes"] = [list(box) for box in scene.boxes]
         row["masks"] = f"masks/{stem}.png"
     return row
 

@@ -1,10 +1,11 @@
-"""One drawn scene: a moving tissue-like background, at most one instrument, and the exact truth about it.
+"""One drawn scene: a moving tissue-like background, instruments over it, and the exact truth about them.
 
 Letters: F frames, H, W height and width in pixels. Positions inside are in units of the shorter side; what
 leaves this module is in pixels.
 """
 
 import math
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -15,25 +16,27 @@ from .synth_tools import Canvas, Pose, Tool, downsample
 
 Floats = NDArray[np.float32]
 
+_SIDES = {"left": 0.35, "right": 0.35, "bottom": 0.2, "top": 0.1}
+"""How often an instrument enters from each border."""
+
 
 @dataclass(frozen=True)
 class Scene:
-    """Frames uint8 [F, H, W, 3]; masks uint8 [F, H, W] (255 = instrument); tips (x, y) and boxes (x, y, w, h)
-    per frame.
-
-    Without an instrument masks are zero, tips and boxes empty, and `side` is "".
+    """Frames uint8 [F, H, W, 3]; masks uint8 [F, H, W] (255 = instrument); tips (frame, x, y) and boxes
+    (frame, x, y, w, h), of every instrument in every frame. A box holds all that its instrument covers, also
+    what another one lies over.
     """
 
     frames: NDArray[np.uint8]
     masks: NDArray[np.uint8]
-    tips: list[tuple[float, float]]
-    boxes: list[tuple[int, int, int, int]]
-    side: str
-    """Border from which the instrument enters: left, right, top or bottom."""
+    tips: list[tuple[int, float, float]]
+    boxes: list[tuple[int, int, int, int, int]]
+    sides: tuple[str, ...]
+    """Border from which each instrument enters, no two from the same: left, right, top or bottom."""
 
 
 def draw_scene(
-    tool: Tool | None,
+    tools: Sequence[Tool],
     rng: np.random.Generator,
     *,
     frames: int,
@@ -41,7 +44,7 @@ def draw_scene(
     width: int,
     footage: NDArray[np.uint8] | None = None,
 ) -> Scene:
-    """Draw one scene; the same generator state gives the same pixels.
+    """Draw one scene of up to four instruments, the last on top; the same generator state, the same pixels.
 
     `footage` [F, H', W', 3], at least as large as the picture, replaces the procedural background.
     """
@@ -52,33 +55,39 @@ def draw_scene(
     light = _vignette(rng, height, width)
     pictures = np.empty((frames, height, width, 3), np.uint8)
     masks = np.zeros((frames, height, width), np.uint8)
-    tips: list[tuple[float, float]] = []
-    boxes: list[tuple[int, int, int, int]] = []
-    side, poses = _poses(tool, rng, frames, height, width) if tool else ("", [])
+    tips: list[tuple[int, float, float]] = []
+    boxes: list[tuple[int, int, int, int, int]] = []
+    paths: dict[str, list[Pose]] = {}
+    for tool in tools:
+        side, poses = _poses(tool, rng, frames, height, width, paths)
+        paths[side] = poses
     unit = min(height, width)
     for index in range(frames):
         picture = ground[index]
-        if tool:
+        for tool, poses in zip(tools, paths.values(), strict=True):
             pose = poses[index]
             canvas = Canvas(height, width, pose)
             tool.draw(canvas)
             colour, cover = downsample(canvas)
             picture = _lay_over(picture, colour, cover, pose, tool, unit)
-            masks[index] = np.where(cover >= 0.5, 255, 0)
+            own = np.where(cover >= 0.5, 255, 0).astype(np.uint8)
+            masks[index] |= own
             x, y = tool.tip(pose)
-            tips.append((round(x * unit - 0.5, 2), round(y * unit - 0.5, 2)))
-            boxes.append(_box(masks[index]))
+            tips.append((index, round(x * unit - 0.5, 2), round(y * unit - 0.5, 2)))
+            boxes.append((index, *_box(own)))
         pictures[index] = np.clip(picture * light * 255 + 0.5, 0, 255)
-    return Scene(pictures, masks, tips, boxes, side)
+    return Scene(pictures, masks, tips, boxes, tuple(paths))
 
 
 def _poses(
-    tool: Tool, rng: np.random.Generator, frames: int, height: int, width: int
+    tool: Tool, rng: np.random.Generator, frames: int, height: int, width: int, taken: Container[str]
 ) -> tuple[str, list[Pose]]:
-    """A pivot outside one border and a path about it whose tip stays well inside the picture."""
+    """A pivot outside one border that is not taken and a path about it whose tip stays well inside the
+    picture."""
     unit = min(height, width)
     wide, high = width / unit, height / unit
-    side = str(rng.choice(["left", "right", "bottom", "top"], p=[0.35, 0.35, 0.2, 0.1]))
+    often = np.array([0.0 if side in taken else share for side, share in _SIDES.items()])
+    side = str(rng.choice(list(_SIDES), p=often / often.sum()))
     along, away = rng.uniform(0.25, 0.75), rng.uniform(0.35, 0.55)
     pivot = {
         "left": (-away, along * high),

@@ -10,15 +10,26 @@ from wanmoe.moe_lora import WanmoeError
 
 STAGED = "A, then B: base frozen, one expert a clip"
 SMALL = Sizes(
-    size=(64, 64), frames=9, clips=8, val=4, background=8, batch=2, pretrain_steps=2, steps=4, judge_steps=4
+    size=(64, 64),
+    frames=9,
+    clips=8,
+    val=4,
+    background=8,
+    few=4,
+    pairs=6,
+    batch=2,
+    pretrain_steps=2,
+    steps=4,
+    judge_steps=4,
 )
+FEW = "base + experts (rule), few clips"
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """(folder, result, lines) of two recipes with one seed."""
+    """(folder, result, lines) of three recipes with one seed."""
     out, said = tmp_path_factory.mktemp("recipes") / "out", []
-    names = ["frozen base", STAGED]
+    names = ["frozen base", STAGED, FEW]
     result = run_recipes(names, [0], out, SMALL, 2, ["wanmoe", "bench", "recipes"], said.append)
     return out, result, said
 
@@ -29,6 +40,9 @@ def test_recipes_are_trained_and_measured_with_their_parameters(done):
     assert frozen["parameters"] == 0 and staged["parameters"] > 10_000
     assert "wrong" not in frozen and "wrong" in staged
     assert frozen["loss"] != staged["loss"] and 0 <= staged["pck"] <= 1 and 0 <= staged["identity"] <= 1
+    assert frozen["pairs"] != staged["pairs"] > 0
+    log = next((out / "runs").glob("*few-clips-0")) / "0-b" / "config.toml"
+    assert str(out / "shards" / "few") in log.read_text()
     assert len(list(out.glob("runs/*-0/1-b/adapter.safetensors"))) == 1
     assert any(line.startswith(f"{STAGED}, seed 0: ") for line in said)
     json.dumps(result)

@@ -128,8 +128,8 @@ def make_shards():
 
 @pytest.fixture(scope="session")
 def random_classifier(shards):
-    """`random_classifier(path, experts)` writes a classifier of these shards with random weights, for tests in
-    which it matters that it is asked, not what it says."""
+    """`random_classifier(path, experts)` writes a classifier of these shards with random weights: for tests in
+    which it is only asked."""
 
     def write(path: Path, experts=SURGICAL) -> Path:
         torch.manual_seed(0)

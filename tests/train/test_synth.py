@@ -32,7 +32,7 @@ def digest(folder: Path) -> str:
 
 
 def scene(tool: int, seed: int = 0) -> Scene:
-    return draw_scene(TOOLS[tool], np.random.default_rng(seed), frames=9, height=96, width=96)
+    return draw_scene([TOOLS[tool]], np.random.default_rng(seed), frames=9, height=96, width=96)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path) -> None:
@@ -83,13 +83,13 @@ def test_truth_fits_the_pixels(tmp_path: Path) -> None:
 def test_the_instrument_is_in_the_picture_where_the_mask_says() -> None:
     for number, tool in enumerate(TOOLS):
         with_tool = scene(number)
-        drawn = draw_scene(tool, np.random.default_rng(0), frames=9, height=96, width=96)
+        drawn = draw_scene([tool], np.random.default_rng(0), frames=9, height=96, width=96)
         assert np.array_equal(drawn.frames, with_tool.frames)
-        ground = draw_scene(None, np.random.default_rng(0), frames=9, height=96, width=96)
+        ground = draw_scene([], np.random.default_rng(0), frames=9, height=96, width=96)
         change = np.abs(with_tool.frames.astype(int) - ground.frames.astype(int)).sum(-1)
         inside = with_tool.masks > 0
         assert change[inside].mean() > 4 * change[~inside].mean()
-        assert not ground.masks.any() and not ground.tips and ground.side == ""
+        assert not ground.masks.any() and not ground.tips and ground.sides == ()
 
 
 def test_instruments_differ_in_colour_and_in_motion() -> None:
@@ -97,9 +97,9 @@ def test_instruments_differ_in_colour_and_in_motion() -> None:
     for tool in range(len(TOOLS)):
         scenes = [scene(tool, seed) for seed in range(6)]
         colours.append(np.mean([s.frames[s.masks > 0].mean(0) for s in scenes], axis=0))
-        tips = np.array([s.tips for s in scenes])
+        tips = np.array([[tip[1:] for tip in s.tips] for s in scenes])
         steps = np.diff(tips, axis=1)
-        sideways = np.array([s.side in ("top", "bottom") for s in scenes])
+        sideways = np.array([s.sides[0] in ("top", "bottom") for s in scenes])
         along.append(np.mean([np.abs(st[:, int(v)]).sum() for st, v in zip(steps, sideways, strict=True)]))
         across.append(
             np.mean([np.abs(st[:, 1 - int(v)]).sum() for st, v in zip(steps, sideways, strict=True)])
@@ -120,7 +120,7 @@ def test_captions_name_their_instrument_and_no_other() -> None:
 
 
 def test_scenes_without_instruments(tmp_path: Path) -> None:
-    path = synth_clips(tmp_path / "s", clips=6, val=2, instruments=False)
+    path = synth_clips(tmp_path / "s", clips=6, val=2, instruments=0)
     for row in rows(path):
         assert row["instruments"] == [] and "tips" not in row and "instrument_label" not in row
         assert not ExpertSet(SURGICAL).find(row["caption_en"] + row["caption_zh"])
@@ -131,7 +131,7 @@ def test_scenes_without_instruments(tmp_path: Path) -> None:
 
 def test_a_given_background_is_seen(tmp_path: Path, data_dir: Path) -> None:
     path = synth_clips(
-        tmp_path / "s", clips=2, val=2, instruments=False, background=data_dir / "surgical/endo.mp4"
+        tmp_path / "s", clips=2, val=2, instruments=0, background=data_dir / "surgical/endo.mp4"
     )
     real = read_video(data_dir / "surgical/endo.mp4", size=(96, 96), num_frames=20).float().mean((0, 1, 2))
     for row in rows(path):
@@ -142,7 +142,13 @@ def test_a_given_background_is_seen(tmp_path: Path, data_dir: Path) -> None:
 def test_other_sizes_and_wrong_arguments(tmp_path: Path) -> None:
     listing = rows(synth_clips(tmp_path / "s", clips=4, val=0, height=64, width=112, frames=5))
     assert read_video(tmp_path / "s" / listing[0]["video_path"]).shape == (5, 64, 112, 3)
-    for wrong in ({"height": 95}, {"clips": 0}, {"seed": -1}, {"background": tmp_path / "none.mp4"}):
+    for wrong in (
+        {"height": 95},
+        {"clips": 0},
+        {"seed": -1},
+        {"instruments": 3},
+        {"background": tmp_path / "none.mp4"},
+    ):
         with pytest.raises(WanmoeError):
             synth_clips(tmp_path / "t", **{"clips": 1, "val": 0, **wrong})  # type: ignore[arg-type]
     assert not (tmp_path / "t").exists()
@@ -157,3 +163,26 @@ def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path) -> None:
     synth_clips(tmp_path / "s", clips=1, val=0)
     assert len(list((tmp_path / "s" / "videos").iterdir())) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "s"}
+
+
+def test_scenes_of_two_instruments_show_both(tmp_path: Path) -> None:
+    path = synth_clips(tmp_path / "s", clips=6, val=6, instruments=2, frames=5)
+    pairs = set()
+    for row in rows(path):
+        names = [instrument["name"] for instrument in row["instruments"]]
+        pairs.add((row["split"], *names))
+        assert [instrument["weight"] for instrument in row["instruments"]] == [0.5, 0.5]
+        assert "instrument_label" not in row
+        for caption in (row["caption_en"], row["caption_zh"]):
+            assert set(ExpertSet(SURGICAL).find(caption)) == set(names)
+        assert (
+            [tip[0] for tip in row["tips"]]
+            == [box[0] for box in row["boxes"]]
+            == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+        )
+    assert len(pairs) == 12, "each pair in each split"
+    two = draw_scene([TOOLS[0], TOOLS[2]], np.random.default_rng(3), frames=5, height=96, width=96)
+    one = draw_scene([TOOLS[0]], np.random.default_rng(3), frames=5, height=96, width=96)
+    assert len(set(two.sides)) == 2 and two.sides[0] == one.sides[0]
+    assert two.tips[::2] == one.tips and two.boxes[::2] == one.boxes
+    assert np.all(two.masks[one.masks > 0] == 255) and (two.masks > 0).sum() > 1.2 * (one.masks > 0).sum()

@@ -29,11 +29,11 @@ def scenes() -> list[tuple]:
         for number in range(count):
             rng = np.random.default_rng([7, split == "val", number])
             tool = TOOLS[number % 4]
-            scene = draw_scene(tool, rng, frames=17, height=96, width=96)
+            scene = draw_scene([tool], rng, frames=17, height=96, width=96)
             latent = CODEC.encode(to_model(torch.from_numpy(scene.frames))[None])[0]
             tips = [
                 {"frame": k, "x": x, "y": y, "instrument": "", "track": "", "kind": "given"}
-                for k, (x, y) in enumerate(scene.tips)
+                for k, x, y in scene.tips
             ]
             out.append((split, latent, pool(torch.from_numpy(scene.masks)), tool.name, tips))
     return out
