@@ -1,9 +1,9 @@
 """What each way to train is worth on drawn scenes: one base, several recipes, several seeds, one table.
 
-Everything is trained by `wanmoe train` under the launcher, one rank a job. The base, the classifier and the
-tip detector are trained once; a seed changes where the adapter starts, the order of the clips and their
-noise. Clips, codec and text encoder are stand-ins of the demo's size: the figures compare recipes with each
-other and say nothing of Wan2.2 itself.
+Everything is trained by `wanmoe train`, one rank a job, without a launcher: with one rank it only costs time.
+The base, the classifier and the tip detector are trained once; a seed changes where the adapter starts, the
+order of the clips and their noise. Clips, codec and text encoder are stand-ins of the demo's size: the
+figures compare recipes with each other and say nothing of Wan2.2 itself.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ..train.data.router_prompts import router_prompts
 from ..train.stages import STAGES, stage_name
 from ..train.synth import synth_clips
 from .config import Config, apply_overrides, parse_config
-from .launcher import command, environment
+from .launcher import environment, master_port
 from .recipe_figures import COLUMNS, judged, measure
 
 FORMAT = "wanmoe-recipes/1"
@@ -225,7 +225,9 @@ class Shared:
         return self.out / "shards" / kind
 
     def row(self, name: str, seed: int) -> Path:
-        """Where the figures of a recipe go."""
+        """Where the figures of a recipe go; what trains nothing has no seed."""
+        if not RECIPES[name].stages:
+            return self.out / "rows" / f"{_slug(name)}.json"
         return self.out / "rows" / f"{_slug(name)}-{seed}.json"
 
     def make_clips(self, kind: str) -> None:
@@ -354,9 +356,12 @@ def train(config: Config, path: Path, threads: int = 1) -> set[Part]:
     path.parent.mkdir(parents=True, exist_ok=True)
     dump = config.model_dump(mode="json", exclude_none=True, exclude_unset=True)
     path.write_text(tomli_w.dumps(dump), encoding="utf-8")
-    words = command(config.launch, ["train", "--config", str(path)])
-    env = environment(config.launch) | {"OMP_NUM_THREADS": str(threads)}
-    _run(words, env, path.with_suffix(".log"))
+    rank = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": master_port(config.launch)}
+    env = environment(config.launch) | {name: str(value) for name, value in rank.items()}
+    env |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": str(threads)}
+    _run(
+        [sys.executable, "-m", "wanmoe.launch", "train", "--config", str(path)], env, path.with_suffix(".log")
+    )
     return set(STAGES[stage_name(config)].trains)
 
 

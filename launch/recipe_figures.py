@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,9 +50,9 @@ def measure(
     loss, roi: flow-matching error over nine noise levels, of the picture and of the instruments' region;
     withheld: `loss` with the encoding of no caption in place of the caption; pairs: `roi` of clips that show
     two instruments, each with half of the gates; wrong: by how much `loss` rises
-    with one of the wrong experts, mean over them; identity, pck: of the held-out clips noised to t = 0.8 and
-    made again (`regenerate`), how many the classifier takes for what they are, and how many tips lie within
-    RADIUS pixels of the true ones.
+    with a wrong expert, which of them takes turns from clip to clip; identity, pck: of the held-out clips
+    noised to t = 0.8 and made again (`regenerate`), how many the classifier takes for what they are, and how
+    many tips lie within RADIUS pixels of the true ones.
     """
     model = Model(base, adapter_path, shards)
     figures = {"parameters": float(0 if model.adapter is None else model.adapter.count(tuple(trained)))}
@@ -62,7 +63,8 @@ def measure(
     figures["withheld"] = float(held_out_errors(model, model.data, model.gates).loss.mean())
     model.withheld = False
     if model.spec.routing in ("labels", "router") and model.adapter is not None:
-        figures["wrong"] = model.wrong_expert() - model.right_expert()
+        right = figures["loss"] if model.spec.routing == "labels" else model.with_expert("right")
+        figures["wrong"] = model.with_expert("wrong") - right
     judge, finder = load_classifier(classifier), load_detector(detector)
     figures["identity"], figures["pck"] = model.seen(judge, finder)
     model.withheld = True
@@ -92,8 +94,8 @@ class Model:
         self.by_label = RoutedDiT(dit, self.adapter, STAGES["b"]).eval()
         self.withheld = False
         """Whether the caption is taken away: then the gates alone say which instrument it is."""
-        self.expert: int | None = None
-        """Turn the labels by so many experts; None: as the stage routes."""
+        self.expert: Literal["right", "wrong"] | None = None
+        """The experts of the labels, or others; None: as the stage routes."""
 
     def __call__(self, x_t: Tensor, t: Tensor, batch: Batch) -> Routed:
         context = [tokens.float() for tokens in batch.context]
@@ -104,20 +106,19 @@ class Model:
         if self.expert is None:
             routed = self.routed(x_t, t, context, batch.pooled, batch.rule)
         else:
-            routed = self.by_label(x_t, t, context, batch.pooled, batch.rule.roll(self.expert, 1))
+            gates = batch.rule
+            if self.expert == "wrong":
+                others = gates.shape[1] - 1
+                turned = [
+                    row.roll(1 + index % others) for row, index in zip(gates, batch.positions, strict=True)
+                ]
+                gates = torch.stack(turned)
+            routed = self.by_label(x_t, t, context, batch.pooled, gates)
         return routed
 
-    def right_expert(self) -> float:
-        """Loss with the experts of the labels."""
-        return self._with_expert(0)
-
-    def wrong_expert(self) -> float:
-        """Loss with another expert than that of the label, mean over all others."""
-        others = range(1, len(self.gates.rule.experts))
-        return sum(self._with_expert(turn) for turn in others) / len(others)
-
-    def _with_expert(self, turn: int) -> float:
-        self.expert = turn
+    def with_expert(self, expert: Literal["right", "wrong"]) -> float:
+        """Loss with the experts of the labels, or with the next, the one after it, ... in turn."""
+        self.expert = expert
         loss = float(held_out_errors(self, self.data, self.gates).loss.mean())
         self.expert = None
         return loss

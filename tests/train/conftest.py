@@ -128,7 +128,7 @@ def make_shards():
 
 @pytest.fixture(scope="session")
 def random_classifier(shards):
-    """`random_classifier(path, experts)` writes a classifier of these shards with random weights: for tests in
+    """`random_classifier(path, experts)` writes a classifier of these shards, of random weights: for tests in
     which it is only asked."""
 
     def write(path: Path, experts=SURGICAL) -> Path:
