@@ -137,6 +137,10 @@ RECIPES: dict[str, Recipe] = {
         Recipe("joint, all experts alike (control)", _joint(_CONTRAST, {"router.contrast": "[[0.0, 0.0]]"})),
         Recipe("joint, floor 0.5", _joint(_ON, {"router.floor": "0.5"})),
         Recipe("joint, wide contrast", _joint(_CONTRAST, {"router.contrast": "[[0.3, 0.0], [0.9, 0.5]]"})),
+        Recipe("joint, wider contrast", _joint(_CONTRAST, {"router.contrast": "[[0.3, 0.0], [0.9, 0.8]]"})),
+        Recipe(
+            "joint, contrast at every level", _joint(_CONTRAST, {"router.contrast": "[[0.0, 0.5], [1.0, 0.5]]"})
+        ),
         Recipe("joint, soft to sharp", _joint(_ON, {"objective.soft_start": "0.8"})),
         # A clip is one of four instruments: its expert sees a quarter of what the base sees.
         Recipe("joint, one expert a clip, rate by its share", _joint(_ON, {"optimizer.base_lr": "5e-3"})),
