@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import tomli_w
 import torch
 
@@ -99,10 +101,10 @@ _SAME = {
     "objective.t_range": "[0.0, 1.0]",
     "adapter.rank_dropout": "0.0",
 }
-_ON = {"router.bands": "[[0.0, 1.0]]"}
+_ON = {"router.time_gate": '"bands"', "router.bands": "[[0.0, 1.0]]"}
 _CONTRAST = {"router.time_gate": '"contrast"'}
 _ROUTER = {"train.train_router": "true", "router.mode": '"learned"', "optimizer.router_lr": "3e-3"}
-_JOINT = {"train.train_base": "true"}
+_FROZEN = {"train.freeze_base": "true"}
 
 
 def _alone(stage: str, **keys: str) -> tuple[Stage, ...]:
@@ -110,7 +112,7 @@ def _alone(stage: str, **keys: str) -> tuple[Stage, ...]:
 
 
 def _joint(*keys: Mapping[str, str]) -> tuple[Stage, ...]:
-    every = {key: value for part in (_SAME, _JOINT, *keys) for key, value in part.items()}
+    every = {key: value for part in (_SAME, *keys) for key, value in part.items()}
     return (Stage("b", 1.0, every),)
 
 
@@ -129,17 +131,24 @@ RECIPES: dict[str, Recipe] = {
         Recipe("base + experts + router (joint)", _joint(_CONTRAST, _ROUTER)),
         Recipe(f"{BASE_LINE}, rate 1e-2", _alone("a", **_WIDE, **{"optimizer.lr": "1e-2"})),
         Recipe(f"{BASE_LINE}, rate 4e-2", _alone("a", **_WIDE, **{"optimizer.lr": "4e-2"})),
-        Recipe("A, then B: base frozen, one expert a clip", _in_turn(_ON)),
-        Recipe("A, then B, experts off at little noise (bands)", _in_turn()),
-        Recipe("A, then B, experts from the base's down", _in_turn(_ON, {"adapter.expert_init": '"base"'})),
-        Recipe("A, then base and experts, contrast", _in_turn(_CONTRAST, _JOINT)),
+        Recipe("A, then B: base frozen, one expert a clip", _in_turn(_ON, _FROZEN)),
+        Recipe(
+            "A, then B, experts off at little noise (bands)",
+            _in_turn(_FROZEN, {"router.time_gate": '"bands"'}),
+        ),
+        Recipe(
+            "A, then B, experts from the base's down",
+            _in_turn(_ON, _FROZEN, {"adapter.expert_init": '"base"'}),
+        ),
+        Recipe("A, then base and experts, contrast", _in_turn(_CONTRAST)),
         Recipe("joint, one expert a clip", _joint(_ON)),
         Recipe("joint, all experts alike (control)", _joint(_CONTRAST, {"router.contrast": "[[0.0, 0.0]]"})),
         Recipe("joint, floor 0.5", _joint(_ON, {"router.floor": "0.5"})),
         Recipe("joint, wide contrast", _joint(_CONTRAST, {"router.contrast": "[[0.3, 0.0], [0.9, 0.5]]"})),
         Recipe("joint, wider contrast", _joint(_CONTRAST, {"router.contrast": "[[0.3, 0.0], [0.9, 0.8]]"})),
         Recipe(
-            "joint, contrast at every level", _joint(_CONTRAST, {"router.contrast": "[[0.0, 0.5], [1.0, 0.5]]"})
+            "joint, contrast at every level",
+            _joint(_CONTRAST, {"router.contrast": "[[0.0, 0.5], [1.0, 0.5]]"}),
         ),
         Recipe("joint, soft to sharp", _joint(_ON, {"objective.soft_start": "0.8"})),
         # A clip is one of four instruments: its expert sees a quarter of what the base sees.
@@ -185,7 +194,7 @@ def run_recipes(
     shared = Shared(out, sizes)
     _claim(out, sizes)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
         say("clips, base, classifier and detector")
         list(pool.map(shared.make_clips, _SCENES))
         makers = [
@@ -193,7 +202,9 @@ def run_recipes(
         ]
         for maker in makers:
             maker.result()
-        work = {pool.submit(run_one, shared, name, seed): (name, seed) for seed in seeds for name in names}
+        # The longest first: at the end no core waits long for another.
+        order = [(name, seed) for seed in seeds for name in reversed(names)]
+        work = {pool.submit(run_one, shared, name, seed): (name, seed) for name, seed in order}
         rows: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
         for future in as_completed(work):
             figures = future.result()
@@ -391,9 +402,20 @@ def _claim(out: Path, sizes: Sizes) -> None:
     marker.write_text(text)
 
 
-def _one_thread() -> None:
+def _start_worker() -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would go on training for hours."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    os._exit(1)
 
 
 def _slug(name: str) -> str:
