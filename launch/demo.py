@@ -194,10 +194,9 @@ def stage_config(
 ) -> Config:
     """The config of one stage, as a user would write it; `regions`: whether the clips have the
     instruments'."""
-    before = {"b": "a", "c": "b"}.get(stage)
     model: dict[str, Any] = {"preset": "tiny"} if stage == "pretrain" else {"dit": str(base_path(out))}
-    if before:
-        model["adapter"] = str(out / before / "adapter.safetensors")
+    if stage == "c":
+        model["adapter"] = str(out / "b" / "adapter.safetensors")
     tree: dict[str, Any] = {
         "model": model,
         "router": {"mode": "learned" if stage == "c" else "rule"},
@@ -219,7 +218,7 @@ def stage_config(
         "tracking": {"experiment": "wanmoe-demo"},
         "launch": {"ranks": ranks},
     }
-    if stage == "a":
+    if stage in ("a", "b"):
         tree["adapter"] = experts.to_json() | {"blocks": 2, "ffn_blocks": 2}
         if experts.fallback is None:
             tree["adapter"].pop("fallback")

@@ -26,11 +26,11 @@ def preflight(config: Config) -> None:
         raise WanmoeError(
             f"model.dit is missing: stage {stage} adapts a trained base; run stage pretrain first"
         )
-    if stage in ("b", "c") and model.adapter is None and not config.train.train_base:
+    if model.adapter is None and (stage == "c" or config.train.freeze_base):
         before = "a" if stage == "b" else "b"
         raise WanmoeError(
             f"model.adapter is missing: stage {stage} starts from the adapter of stage {before}"
-            + (", or trains a base of its own with train.train_base = true" if stage == "b" else "")
+            + (", or trains a base of its own without train.freeze_base" if stage == "b" else "")
         )
     experts = config.adapter
     if model.adapter is not None:
@@ -38,6 +38,11 @@ def preflight(config: Config) -> None:
     if stage != "pretrain":
         check_router(config)
     spec = STAGES[stage_name(config)]
+    if "base" in spec.trains and experts.base_ranks:
+        raise WanmoeError(
+            f"{model.adapter}: its base adapter is a LoRA that was taken over whole and stays as it is; "
+            "set train.stage = 'b' and train.freeze_base = true to train experts on it"
+        )
     if config.data.reader == "streaming" and config.data.balanced and spec.routing in ("labels", "router"):
         raise WanmoeError(
             "data.balanced: a stream cannot be balanced over the instruments; set data.balanced = false, or "

@@ -94,7 +94,8 @@ class RouterConfig(BaseModel):
     time_gate: Literal["bands", "contrast", "learned"] = "bands"
     """bands: the factor by `bands`. contrast: by `contrast`. learned: in place of the bands a smooth factor
     for each expert, sigmoid(slope (t - center)) from slope 12 and center 0.35 on, which trains with the
-    experts; under any `mode`."""
+    experts; under any `mode`. Training in stage b takes contrast where neither this nor `bands` nor `floor`
+    is given, here or in stage a, unless the base is frozen."""
     contrast: tuple[tuple[float, float], ...] = ((0.3, 0.0), (0.9, 0.25))
     """(t, width w), linear between, under time_gate = "contrast": a gate g becomes 1 + w (E g - sum of g). So
     all E experts speak, together always E: alike at little noise, the routed one louder towards noise."""

@@ -103,7 +103,7 @@ def test_the_table_of_stages_is_that_of_the_code():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("|") and len(cells) == 6 and not set(cells[1]) <= {"-"}:
             rows[cells[0]] = cells[1:]
-    stages = [STAGES[name] for name in ("a", "b", "b+router", "c", "pretrain")]
+    stages = [STAGES[name] for name in ("a", "b+base", "b+base+router", "c", "pretrain")]
     assert [float(cell.split(",")[0]) for cell in rows["learning rate"]] == [stage.lr for stage in stages]
     schedule = [f"{stage.schedule}, {stage.warmup}" for stage in stages]
     assert rows["schedule, warm-up"] == schedule

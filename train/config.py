@@ -84,7 +84,7 @@ class ObjectiveConfig(Section):
     t_stratified: bool = True
     """The clips of a global batch draw t from equal shares of the distribution, one each."""
     t_range: tuple[float, float] | None = None
-    """Slice of the distribution that is drawn from; default [0, 1], in stage b [0.2, 1]."""
+    """Slice of the distribution that is drawn from; default [0, 1], with `train.freeze_base` [0.2, 1]."""
     diffusion: float | None = Field(None, ge=0)
     """Weight of the flow-matching error. Default 1."""
     roi: float | None = Field(None, ge=0)
@@ -157,7 +157,7 @@ class TrainConfig(Section):
     """Section `train`: what is trained, for how long, and where results go."""
 
     stage: Stage
-    """pretrain: all parameters of a small model; a: base adapter; b: experts; c: router."""
+    """pretrain: all parameters of a small model; a: base adapter; b: base adapter and experts; c: router."""
     run: Path
     """Run folder: config, adapter, resume state, metrics."""
     steps: int | None = Field(None, ge=1)
@@ -170,8 +170,8 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0)
     train_router: bool = False
     """In stage b, train a learned router together with the experts, taught by the labels."""
-    train_base: bool = False
-    """In stage b, train the base adapter together with the experts."""
+    freeze_base: bool = False
+    """In stage b, train the experts alone and leave the base adapter as it is."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on accelerators, fp32 on the CPU. Masters, moments and gates are fp32 in both."""
     checkpointing: bool = False
@@ -198,8 +198,8 @@ class TrainConfig(Section):
             raise ValueError("give train.steps or train.epochs, not both")
         if self.early_stop is not None and not self.val_every:
             raise ValueError("train.early_stop needs validations: set train.val_every")
-        if self.stage != "b" and (self.train_router or self.train_base):
-            raise ValueError("train.train_router and train.train_base are for stage b")
+        if self.stage != "b" and (self.train_router or self.freeze_base):
+            raise ValueError("train.train_router and train.freeze_base are for stage b")
         return self
 
 

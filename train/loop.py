@@ -231,9 +231,12 @@ class Trainer:
         prefix = f"prefix {self.dit.first_adapted} of {blocks} blocks without a graph"
         if not self.dit.prefix_frozen:
             prefix = f"all {blocks} blocks train"
+        parts = ", ".join(self.spec.trains) or "all"
+        if self.adapter is not None and "experts" in self.spec.trains:
+            parts += f"; time gate {self.adapter.router_config.time_gate}"
         return (
-            f"stage {self.config.train.stage}: {self._trainable_count():,} trainable parameters, {prefix}, "
-            f"{len(self.batches.shards)} clips, {len(self.held_out)} held out, global batch "
+            f"stage {self.config.train.stage}: {self._trainable_count():,} trainable parameters ({parts}), "
+            f"{prefix}, {len(self.batches.shards)} clips, {len(self.held_out)} held out, global batch "
             f"{self.batches.global_batch} on {self.world} ranks ({self.device.type}), "
             f"t in {list(self.t_range)}, {self.steps} steps of {self.objective.describe()}"
         )

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..moe_lora import Adapter, WanmoeError, attach, load_adapter
+from ..moe_lora import Adapter, RouterConfig, WanmoeError, attach, load_adapter
 from ..moe_lora.adapter import start_experts_from_base
-from ..moe_lora.adapter_file import has_router, has_time_gate, read_adapter
+from ..moe_lora.adapter_file import has_router, has_time_gate, read_adapter, read_adapter_info
 from ..moe_lora.files import file_sha256
 from ..moe_lora.wan.config import WanConfig
 from ..moe_lora.wan.dit import WanDiT
@@ -21,6 +21,8 @@ from .stages import STAGES, StageSpec, stage_name
 
 # Keys of the adapter that may change from stage to stage.
 OF_A_STAGE = ("rank_dropout", "module_dropout", "expert_init")
+# Keys of the router that say how loud experts are at a noise level.
+_LOUDNESS = ("time_gate", "bands", "floor")
 
 
 def load_model(config: TrainerConfig, dtype: torch.dtype | None = None) -> tuple[WanDiT, Adapter | None]:
@@ -39,12 +41,31 @@ def load_model(config: TrainerConfig, dtype: torch.dtype | None = None) -> tuple
         return dit, None
     check_router(config)
     if model.adapter is None:
-        return dit, attach(dit, config.adapter, config.router, seed=config.train.seed)
+        return dit, attach(dit, config.adapter, router_config(config), seed=config.train.seed)
     adapter = load_adapter(
-        model.adapter, dit, noise_expert=model.noise_expert, router=config.router, any_base=model.any_base
+        model.adapter,
+        dit,
+        noise_expert=model.noise_expert,
+        router=router_config(config),
+        any_base=model.any_base,
     )
     check_same_adapter(config, adapter, model.adapter)
     return dit, adapter
+
+
+def router_config(config: TrainerConfig) -> RouterConfig:
+    """The router as configured, and with the stage's own time gate where experts begin to train and neither
+    the config nor the file of stage a says how loud they are at a noise level."""
+    asked = config.router
+    own = STAGES[stage_name(config)].time_gate
+    said = bool(asked.model_fields_set & set(_LOUDNESS))
+    if config.model.adapter is not None:
+        info = read_adapter_info(config.model.adapter)
+        plain = RouterConfig()
+        said |= info.stage != "a" or any(
+            getattr(info.router, key) != getattr(plain, key) for key in _LOUDNESS
+        )
+    return asked if said or own == "bands" else asked.model_copy(update={"time_gate": own})
 
 
 def ready_adapter(config: TrainerConfig, spec: StageSpec, adapter: Adapter) -> None:

@@ -21,7 +21,7 @@ LEARNING: dict[str, Any] = {
     "objective": True,
     "optimizer": True,
     "data": {"reader", "balanced", "caption_dropout"},
-    "train": {"train_router", "train_base", "precision", "early_stop"},
+    "train": {"train_router", "freeze_base", "precision", "early_stop"},
 }
 # Told by their contents (`model.file_hashes`): a folder may move.
 PLACES = {"classifier", "vae", "lpips"}

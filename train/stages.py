@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import nn
@@ -40,6 +40,8 @@ class StageSpec:
     rank_dropout: float = 0.0
     weights: Mapping[Term, float] = field(default_factory=dict)
     """Of the losses; what is not named weighs 0."""
+    time_gate: Literal["bands", "contrast"] = "bands"
+    """Of experts that begin to train here and whose config says nothing of it."""
 
 
 _SHAPE: dict[Term, float] = {"diffusion": 1.0, "roi": 3.0, "identity": 0.5, "temporal": 0.5}
@@ -62,18 +64,11 @@ STAGES: dict[str, StageSpec] = {
         weights={"diffusion": 1.0, "roi": 1.0, "entropy": 0.05, "balance": 0.1, "teacher_kl": 1.0},
     ),
 }
-# With the base beside the experts, all noise levels train: below 0.2 nothing else would.
+# With the base beside the experts all noise levels train, and contrast did best (docs/recipes.md).
 for _name in ("b", "b+router"):
     _spec = STAGES[_name]
-    STAGES[_name.replace("b", "b+base", 1)] = StageSpec(
-        ("base", *_spec.trains),
-        _spec.routing,
-        _spec.lr,
-        _spec.schedule,
-        _spec.epochs,
-        _spec.warmup,
-        rank_dropout=_spec.rank_dropout,
-        weights=_spec.weights,
+    STAGES[_name.replace("b", "b+base", 1)] = replace(
+        _spec, trains=("base", *_spec.trains), t_range=(0.0, 1.0), time_gate="contrast"
     )
 
 
@@ -81,7 +76,7 @@ def stage_name(config: TrainerConfig) -> str:
     """The row of the table that a config asks for."""
     if config.train.stage != "b":
         return config.train.stage
-    return "b" + "+base" * config.train.train_base + "+router" * config.train.train_router
+    return "b" + "+base" * (not config.train.freeze_base) + "+router" * config.train.train_router
 
 
 def loss_weights(config: TrainerConfig, spec: StageSpec) -> dict[Term, float]:

@@ -79,6 +79,10 @@ def work(tmp_path_factory):
     dit = WanDiT(WanConfig.preset("tiny"))
     save_dit(dit, root / "base.safetensors")
     save_adapter(attach(dit, AdapterConfig(blocks=2)), root / "adapter.safetensors", stage="b", step=1)
+    imported = attach(
+        WanDiT(WanConfig.preset("tiny")), AdapterConfig(blocks=2, base_ranks={"blocks.0.self_attn.q": 3})
+    )
+    save_adapter(imported, root / "imported.safetensors", stage="a", step=0)
     (root / "a.toml").write_text(
         '[model]\ndit = "base.safetensors"\n[data]\nshards = "shards"\n[train]\nstage = "a"\nrun = "run"\n'
     )
@@ -149,7 +153,15 @@ def cut_shard(work, tmp_path):
 TRAIN_FAULTS = {
     "unknown key": (["--train.step", "3"], ("train.step", "train.steps")),
     "no base": (["--model.dit", "none.safetensors"], ("none.safetensors", "does not exist")),
-    "adapter missing": (["--train.stage", "b"], ("model.adapter is missing", "stage a")),
+    "adapter missing": (["--train.stage", "c"], ("model.adapter is missing", "stage b")),
+    "base adapter missing": (
+        ["--train.stage", "b", "--train.freeze_base", "true"],
+        ("model.adapter is missing", "stage a", "without train.freeze_base"),
+    ),
+    "base of an import": (
+        ["--train.stage", "b", "--model.adapter", "{work}/imported.safetensors"],
+        ("imported.safetensors", "LoRA that was taken over whole", "train.freeze_base = true"),
+    ),
     "router not learned": (
         ["--train.stage", "c", "--model.adapter", "{work}/adapter.safetensors"],
         ("router.mode", "learned"),

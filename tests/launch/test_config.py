@@ -61,7 +61,7 @@ def test_every_key_can_be_set_on_the_command_line(path):
         ("[train]\nsteps = -1", "train.steps: Input should be greater than or equal to 1 (got -1)"),
         ("[train]\nstage = 'd'", "train.stage: Input should be 'pretrain', 'a', 'b' or 'c' (got 'd')"),
         ("[train]\nsteps = 3\nepochs = 2", "train: give train.steps or train.epochs, not both"),
-        ("[train]\ntrain_base = true", "train: train.train_router and train.train_base are for stage b"),
+        ("[train]\nfreeze_base = true", "train: train.train_router and train.freeze_base are for stage b"),
         (
             "[train]\nearly_stop = 'val/loss'",
             "train: train.early_stop needs validations: set train.val_every",

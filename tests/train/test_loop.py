@@ -53,6 +53,8 @@ def stages(launcher, shards, base, tmp_path_factory):
         }
         if stage == "a":
             tree["adapter"] = {"blocks": 2, "ffn_blocks": 1}
+        if stage == "b":
+            tree["train"]["freeze_base"] = True
         if stage == "c":
             tree["router"] = {"mode": "learned"}
         outputs[stage] = (tree, launcher.run(tree, root / f"{stage}.toml"))
@@ -263,7 +265,7 @@ def test_experts_train_on_an_imported_lora_that_stays_as_it_is(launcher, config,
                 parameter.data *= not name.startswith(("blocks.0.", "blocks.1."))
         start = save_adapter(adapter, tmp_path / f"{run}.safetensors", stage="a", step=0)
         config["model"]["adapter"] = str(start)
-        config["train"] |= {"stage": "b", "run": str(tmp_path / run), "steps": 3}
+        config["train"] |= {"stage": "b", "freeze_base": True, "run": str(tmp_path / run), "steps": 3}
         assert "prefix 2 of 3 blocks without a graph" in launcher.run(config, tmp_path / f"{run}.toml")
         before, after = (read_adapter(path)[1] for path in (start, tmp_path / run / "adapter.safetensors"))
         assert all(torch.equal(after[name], value) == (".base_" in name) for name, value in before.items())

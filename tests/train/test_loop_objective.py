@@ -29,7 +29,6 @@ def joint(base, shards, classifier, run, ranks, accumulation):
         "optimizer": {"lr": 1e-2, "base_lr": 5e-3, "router_lr": 2e-2},
         "train": {
             "stage": "b",
-            "train_base": True,
             "train_router": True,
             "run": str(run),
             "epochs": 6,

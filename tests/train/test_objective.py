@@ -36,8 +36,8 @@ def make(base, shards, classifier, config):
             "router": {"mode": "learned", **(router or {})},
             "train": config["train"] | {"stage": stage.split("+")[0]} | (keys or {}),
         }
-        if "+router" in stage:
-            tree["train"] = tree["train"] | {"train_router": True}
+        if stage.startswith("b"):
+            tree["train"] |= {"train_router": "+router" in stage, "freeze_base": "+base" not in stage}
         parsed = parse_config(tree, "test")
         assert stage_name(parsed) == stage
         dit = load_dit(base)
