@@ -54,8 +54,8 @@ class Route(NamedTuple):
     """Which experts speak for a request, and why."""
 
     gates: dict[str, float]
-    """Weight of every expert by name, before the timestep band; the mean over the frames of a schedule. All
-    zero leaves the base adapter alone."""
+    """Weight of every expert by name, before the time gate; the mean over the frames of a schedule. All zero
+    routes none of them."""
     source: str
     """schedule, mix, hint, router, prompt, fallback or none."""
     frames: Tensor | None = None
@@ -64,6 +64,8 @@ class Route(NamedTuple):
     """What a hint or a mix named, which may be a name of the other taxonomy."""
     blind: bool = False
     """The router reads the first frame too, and was not given it."""
+    unrouted: str = ""
+    """What speaks where all weights are zero."""
 
     @property
     def experts(self) -> Tensor:
@@ -73,7 +75,7 @@ class Route(NamedTuple):
     def describe(self) -> str:
         """One line for the log."""
         if self.source == "none":
-            return "no instrument in the prompt and no hint, so the base adapter alone"
+            return f"no instrument in the prompt and no hint, so {self.unrouted}"
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in self.gates.items() if weight > 0)
         how = {"schedule": " (mean over the clip)"}.get(self.source, f" ({self.asked})" if self.asked else "")
         unread = "; it reads the first frame too, which it was not given" if self.blind else ""
@@ -111,7 +113,8 @@ def route(
         rules = RuleRouter(experts, config.top_k, config.temperature)
         otherwise = "fallback" if experts.fallback else "none"
         gates, source = rules.route(prompt=prompt), "prompt" if experts.find(prompt) else otherwise
-    return Route(dict(zip(experts.names, gates.tolist(), strict=True)), source, frames, asked, blind)
+    weights = dict(zip(experts.names, gates.tolist(), strict=True))
+    return Route(weights, source, frames, asked, blind, config.unrouted)
 
 
 @torch.no_grad()

@@ -103,6 +103,12 @@ class RouterConfig(BaseModel):
     """Weight of the past in the moving average of a schedule's gates along the latent frames, where a request
     does not say it."""
 
+    @property
+    def unrouted(self) -> str:
+        """In words, what speaks where no expert is routed: gates of zero still have a floor or a contrast."""
+        alike = self.time_gate == "contrast" or self.floor > 0
+        return "all experts alike" if alike else "the base adapter alone"
+
     @field_validator("bands")
     @classmethod
     def _rising_from_zero(cls, bands: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:

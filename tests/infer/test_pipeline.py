@@ -126,6 +126,7 @@ def test_a_mix_goes_before_a_hint_and_a_hint_before_the_prompt(inference: LoRAMo
         None,
         HOOK,
         False,
+        "the base adapter alone",
     )
     assert inference.route("剪刀")["low"].source == "prompt"
     assert inference.route("剪刀")["low"].gates["Scissors"] == 1.0

@@ -54,3 +54,19 @@ def test_a_schedule_is_as_soft_as_the_request_says_or_else_the_adapter():
     torch.testing.assert_close(soft[2, 2], torch.tensor(1 / 1.75))
     slow = ask(adapter(ema=0.9), Wish(schedule=walk)).frames
     assert 0 < slow[2, 2] < soft[2, 2]
+
+
+@pytest.mark.parametrize(
+    ("router", "words"),
+    [
+        ({}, "so the base adapter alone"),
+        ({"floor": 0.5}, "so all experts alike"),
+        ({"time_gate": "contrast"}, "so all experts alike"),
+    ],
+)
+def test_what_speaks_where_nobody_is_routed_is_what_the_model_gets(router, words):
+    asked = adapter(**router)
+    found = ask(asked)
+    assert found.source == "none" and found.describe().endswith(words)
+    (speaks,) = asked.gates(found.experts[None], torch.tensor([0.9]), tokens=4).experts.tolist()
+    assert len(set(speaks)) == 1 and bool(speaks[0]) == ("alike" in words)
