@@ -179,7 +179,8 @@ def _adapter(path: Path) -> dict[str, Any]:
         "experts": [ExpertState(name=expert.name, trained=done) for expert, done in experts],
         "details": {
             **{"stage": info.stage, "step": info.step, "alpha": info.adapter.alpha},
-            **{"router": info.router.mode, "fallback": info.adapter.fallback or info.router.unrouted},
+            **{"router": info.router.mode, "time_gate": info.router.time_gate},
+            "fallback": info.adapter.fallback or f"none ({info.router.unrouted})",
             "base_sha256": info.base_sha256 or "not known",
         },
         "notes": [] if base_trained else ["the base adapter is all zero: it was never trained"],

@@ -29,7 +29,7 @@ from ..moe_lora.wan.weights import dit_hash, read_dit_config
 from .load import PathLike, PromptEncoder, adapter_paths, check_task, facts, load_model
 from .memory import Needs, needs
 from .request import Job, check_job, check_model, gates_picture, make_job
-from .route import Route, Wish, route
+from .route import Route, Wish, acting, route
 from .side import Cast, Denoiser, Side
 from .timeline import draw_gates
 
@@ -195,7 +195,7 @@ class LoRAMoEInference:
         `<name>.gates.png`. The same seed gives the same noise on every device.
 
         Args:
-            instrument_hint: name of the expert to use alone, in either taxonomy.
+            instrument_hint: name of the expert to route to, in either taxonomy.
             image_path, last_image_path: first and last frame; an i2v model needs the first, t2v refuses both.
             num_frames: 4n + 1.
             video_size: height and width, multiples of 16.
@@ -381,9 +381,8 @@ class LoRAMoEInference:
         names = list(next(iter(routes.values())).gates) if routes else []
 
         def call(step: int, steps: int, side: str) -> None:
-            acting = cast.records[-1].gates.any(0).tolist()
+            words = acting(names, cast.records[-1].gates)
             cast.step = step + 1
-            words = " + ".join(name for name, acts in zip(names, acting, strict=True) if acts) or "no expert"
             if progress is not None:
                 progress(step, steps, f"{side} noise, {words}" if len(self.sides) > 1 else words)
 

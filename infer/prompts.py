@@ -18,7 +18,7 @@ class Request(BaseModel):
 
     prompt: str = Field(min_length=1)
     instrument_hint: str | None = None
-    """Name of the expert to use alone."""
+    """Name of the expert to route to."""
     mix: dict[str, float] | None = None
     """Weights of experts by name."""
     schedule: str | None = None

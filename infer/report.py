@@ -61,7 +61,7 @@ class DemoResults:
     experts: list[str] = field(default_factory=list)
     """Names in the order of the gate columns."""
     wrong_expert: dict[str, list[float]] = field(default_factory=dict)
-    """Validation loss of the clips of a label (row) with each expert alone (column)."""
+    """Validation loss of the clips of a label (row) with each expert routed (column)."""
     gates: dict[str, list[float]] = field(default_factory=dict)
     """Mean gates of the learned router on the held-out prompts of a label."""
     rule_gates: dict[str, list[float]] = field(default_factory=dict)

@@ -5,7 +5,7 @@ E experts, F latent frames.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ class Wish:
     """What a request says about experts: a schedule goes before a mix, a mix before a hint."""
 
     hint: str | None = None
-    """Expert to use alone, in either taxonomy."""
+    """Expert to route to, in either taxonomy."""
     mix: Mapping[str, float] | None = None
     """Weights by name."""
     schedule: str | None = None
@@ -80,6 +80,14 @@ class Route(NamedTuple):
         how = {"schedule": " (mean over the clip)"}.get(self.source, f" ({self.asked})" if self.asked else "")
         unread = "; it reads the first frame too, which it was not given" if self.blind else ""
         return f"experts from the {self.source}{how}: {weights}{unread}"
+
+
+def acting(names: Sequence[str], gates: Tensor) -> str:
+    """The experts that gates [F, E] of a step raise above the others, in words."""
+    if not gates.any():
+        return "no expert"
+    raised = (gates > gates.amin(1, keepdim=True)).any(0).tolist()
+    return " + ".join(name for name, acts in zip(names, raised, strict=True) if acts) or "all experts alike"
 
 
 def route(

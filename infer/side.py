@@ -32,7 +32,7 @@ class Side:
             the same for all of its tokens.
         compiled: run every block through `torch.compile`.
 
-    Raises WanmoeError for merged weights under a learned time gate, which changes the gates at every step.
+    Raises WanmoeError for merged weights under a time gate that changes the gates at every step.
     """
 
     def __init__(
@@ -51,12 +51,13 @@ class Side:
         self.adapter = adapter
         self.device = device
         self.merged = merged and adapter is not None
+        kind = "bands" if adapter is None else adapter.router_config.time_gate
+        if merged and kind != "bands":
+            raise WanmoeError(
+                f"merged weights hold one mix of experts, and the {name}-noise adapter has the time gate "
+                f"{kind!r}, which changes it at every step; leave merged (--merged) out"
+            )
         if adapter is not None and adapter.time_gate is not None:
-            if merged:
-                raise WanmoeError(
-                    f"merged weights hold one mix of experts, and the {name}-noise adapter has a learned "
-                    "time gate, which changes it at every step; leave merged (--merged) out"
-                )
             adapter.time_gate.to(device)  # two numbers an expert: it never leaves
         self._host: list[Tensor] | None = None if resident else [t.data for t in self._tensors()]
         # Frozen weights of the adapted linears, in host memory, of which merging makes others.

@@ -1,9 +1,9 @@
 """What each way to train is worth on drawn scenes: one base, several recipes, several seeds, one table.
 
 Everything is trained by `wanmoe train`, one rank a job, without a launcher: with one rank it only costs time.
-The base, the classifier and the tip detector are trained once; a seed changes where the adapter starts, the
-order of the clips and their noise. Clips, codec and text encoder are stand-ins of the demo's size: the
-figures compare recipes with each other and say nothing of Wan2.2 itself.
+The base, two classifiers (one to train against, another to judge by) and the tip detector are trained once; a
+seed changes where the adapter starts, the order of the clips and their noise. Clips, codec and text encoder
+are stand-ins of the demo's size: the figures compare recipes and say nothing of Wan2.2 itself.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,7 @@ import torch
 from ..kernels.bench.provenance import provenance
 from ..moe_lora import ExpertSet, WanmoeError
 from ..moe_lora.adapter import Part
-from ..moe_lora.files import write_atomic
+from ..moe_lora.files import file_sha256, write_atomic
 from ..moe_lora.instruments import SURGICAL
 from ..moe_lora.wan.codec import load_vae
 from ..moe_lora.wan.text import load_text_encoder
@@ -42,7 +43,7 @@ from .config import Config, apply_overrides, parse_config
 from .launcher import environment, master_port
 from .recipe_figures import COLUMNS, judged, measure
 
-FORMAT = "wanmoe-recipes/1"
+FORMAT = "wanmoe-recipes/2"
 BASE_LINE = "base adapter, equal parameters"
 """What the others are held against."""
 
@@ -169,8 +170,13 @@ RECIPES: dict[str, Recipe] = {
 }
 MAIN = tuple(RECIPES)[:5]
 
-# Kinds of scenes: instruments in each, and the seed they are drawn with.
-_SCENES = {"clips": (1, 0), "background": (0, 1), "few": (1, 2), "pairs": (2, 3)}
+# Kinds of scenes: instruments in each, the seed they are drawn with, and how many train and are held out.
+_SCENES: dict[str, tuple[int, int, str | int, str | int]] = {
+    "clips": (1, 0, "clips", "val"),
+    "background": (0, 1, "background", 16),
+    "few": (1, 2, "few", 4),
+    "pairs": (2, 3, 1, "pairs"),
+}
 
 
 def run_recipes(
@@ -195,14 +201,15 @@ def run_recipes(
     _claim(out, sizes)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
-        say("clips, base, classifier and detector")
+        say("clips, base, classifiers and detector")
         list(pool.map(shared.make_clips, _SCENES))
         makers = [
-            pool.submit(make) for make in (shared.make_base, shared.make_classifier, shared.make_detector)
+            pool.submit(make)
+            for make in (shared.make_base, shared.make_classifier, shared.make_judge, shared.make_detector)
         ]
         for maker in makers:
             maker.result()
-        # The longest first: at the end no core waits long for another.
+        # The main rows grow longer down the list: the longest first, so that no core waits long at the end.
         order = [(name, seed) for seed in seeds for name in reversed(names)]
         work = {pool.submit(run_one, shared, name, seed): (name, seed) for name, seed in order}
         rows: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
@@ -219,7 +226,7 @@ def run_recipes(
         "provenance": provenance(torch.device("cpu"), argv),
         "sizes": asdict(sizes),
         "seeds": list(seeds),
-        "judges": judged(shared.classifier, shared.detector),
+        "judges": judged(shared.judge, shared.detector),
         "recipes": {name: asdict(RECIPES[name]) for name in names},
         "rows": {name: [rows[name][seed] for seed in seeds] for name in names},
         "minutes": (time.monotonic() - began) / 60,
@@ -233,6 +240,7 @@ class Shared:
         self.out, self.sizes = out.absolute(), sizes
         self.base = self.out / "base" / "model.safetensors"
         self.classifier = self.out / "classifier.safetensors"
+        self.judge = self.out / "judge.safetensors"
         self.detector = self.out / "detector.safetensors"
 
     def shards(self, kind: str) -> Path:
@@ -249,17 +257,11 @@ class Shared:
         """Draws and encodes one kind of scenes."""
         if (self.shards(kind) / "manifest.json").exists():
             return
-        sizes, (instruments, seed) = self.sizes, _SCENES[kind]
-        clips, val = {
-            "clips": (sizes.clips, sizes.val),
-            "few": (sizes.few, 4),
-            "pairs": (1, sizes.pairs),
-            "background": (sizes.background, 16),
-        }[kind]
+        sizes, (instruments, seed, clips, val) = self.sizes, _SCENES[kind]
         path = synth_clips(
             self.out / kind,
-            clips=clips,
-            val=val,
+            clips=_count(sizes, clips),
+            val=_count(sizes, val),
             seed=seed,
             instruments=instruments,
             height=sizes.size[0],
@@ -292,9 +294,14 @@ class Shared:
         train(self._config(tree, keys, 0), self.out / "configs" / "base.toml", os.cpu_count() or 1)
 
     def make_classifier(self) -> None:
-        """Trains the instrument classifier."""
+        """Trains the classifier that `identity` asks."""
         if not self.classifier.exists():
             self._command("train-classifier", self.classifier)
+
+    def make_judge(self) -> None:
+        """Trains the classifier that no adapter was trained against."""
+        if not self.judge.exists():
+            self._command("train-classifier", self.judge, "--seed", "1")
 
     def make_detector(self) -> None:
         """Trains the tip detector."""
@@ -326,21 +333,28 @@ class Shared:
         apply_overrides(tree, [word for key, value in keys.items() for word in (f"--{key}", value)])
         return parse_config(tree, f"recipe stage {tree['train']['stage']}")
 
-    def _command(self, name: str, out: Path) -> None:
-        words = [name, "--shards", str(self.shards("clips")), "--out", str(out)]
+    def _command(self, name: str, out: Path, *options: str) -> None:
+        words = [name, "--shards", str(self.shards("clips")), "--out", str(out), *options]
         if self.sizes.judge_steps is not None:
             words += ["--steps", str(self.sizes.judge_steps)]
         _run([sys.executable, "-m", "wanmoe.launch", *words], dict(os.environ), out.with_suffix(".log"))
 
 
+def _count(sizes: Sizes, count: str | int) -> int:
+    return int(getattr(sizes, count)) if isinstance(count, str) else count
+
+
 def run_one(shared: Shared, name: str, seed: int) -> dict[str, float]:
     """Trains one recipe with one seed and measures it; what is done already is read."""
     path, recipe = shared.row(name, seed), RECIPES[name]
-    as_written = json.loads(json.dumps(asdict(recipe)))
+    judges = [file_sha256(file) for file in (shared.base, shared.judge, shared.detector)]
+    facts = {"format": FORMAT, "recipe": json.loads(json.dumps(asdict(recipe))), "judges": judges}
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
-        if found.pop("recipe") == as_written:  # else it is another one by now
+        if found.pop("of", None) == facts:
             return found
+        # It is another recipe by now, or judged by others.
+        shutil.rmtree(shared.out / "runs" / f"{_slug(name)}-{seed}", ignore_errors=True)
     began = time.monotonic()
     adapter: Path | None = None
     trained: set[Part] = set()
@@ -355,13 +369,13 @@ def run_one(shared: Shared, name: str, seed: int) -> dict[str, float]:
         adapter,
         shared.shards("clips"),
         shared.shards("pairs"),
-        shared.classifier,
+        shared.judge,
         shared.detector,
         trained,
     )
     figures["train_s"] = seconds
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(figures | {"recipe": as_written}, indent=1)
+    text = json.dumps(figures | {"of": facts}, indent=1)
     write_atomic(path, lambda partial: partial.write_text(text))
     return figures
 
@@ -373,7 +387,9 @@ def train(config: Config, path: Path, threads: int = 1) -> set[Part]:
     path.write_text(tomli_w.dumps(dump), encoding="utf-8")
     rank = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": master_port(config.launch)}
     env = environment(config.launch) | {name: str(value) for name, value in rank.items()}
-    env |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": str(threads)}
+    # Figures of one kind of machine: several jobs at a time share cores, never a card.
+    env |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+    env |= {"DS_ACCELERATOR": "cpu"}
     _run(
         [sys.executable, "-m", "wanmoe.launch", "train", "--config", str(path)], env, path.with_suffix(".log")
     )

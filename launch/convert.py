@@ -235,26 +235,25 @@ def _check_targets(targets: list[Path], read: Iterable[Path | None]) -> None:
 
 def _gates(path: Path, instrument: str | None, mix: dict[str, float] | None) -> dict[str, float] | None:
     """Weights of the experts as generate makes them of an instrument or a mix, where there is most noise."""
-    import torch
-
     from ..moe_lora.adapter_file import read_adapter_info
-    from ..moe_lora.routing import RuleRouter, at_noise_level
+    from ..moe_lora.export import gates_of
 
-    info = read_adapter_info(path)
-    experts = info.adapter.expert_set
+    gates = gates_of(path, instrument=instrument, mix=mix)
     if not instrument and not mix:
-        typer.echo(f"{path}: base adapter alone, {len(experts)} experts left out")
-        return None
-    gates = RuleRouter(experts).route(hint=instrument, mix=mix)
-    raised = at_noise_level(gates[None], torch.ones(1), info.router)[0].tolist()
-    return {name: round(gate, 6) for name, gate in zip(experts.names, raised, strict=True) if gate}
+        experts = read_adapter_info(path).adapter.experts
+        typer.echo(
+            f"{path}: no instrument, so all experts alike"
+            if gates
+            else f"{path}: base adapter alone, {len(experts)} experts left out"
+        )
+    return gates
 
 
 def _export(path: Path, out: Path, to: Any, options: dict[str, Any]) -> None:
     from ..moe_lora.export import export_lora
 
     _say_written(out, export_lora(path, out, format=to, **options))
-    typer.echo("a plain LoRA acts alike at every noise level: the adapter's bands over t are not in it")
+    typer.echo("a plain LoRA acts alike at every noise level: the adapter's time gate is not in it")
 
 
 def _say_written(out: Path, report: ExportReport) -> None:

@@ -371,7 +371,7 @@ def markdown(results: DemoResults) -> str:
         cells = [f"**{loss:.4f}**" if loss == best else f"{loss:.4f}" for loss in row]
         experts.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(
-        [*losses, "", "Loss of a label's clips with each expert alone (the lowest in bold):", "", *experts]
+        [*losses, "", "Loss of a label's clips with each expert routed (the lowest in bold):", "", *experts]
     )
 
 

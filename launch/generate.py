@@ -67,7 +67,7 @@ def generate(
         typer.Option(help="FILE[:STRENGTH][:high|low] of a LoRA to merge into the base; several times."),
     ] = None,
     instrument_hint: Annotated[
-        str | None, typer.Option(help="Expert to use alone, of the four families or the six Cholec tools.")
+        str | None, typer.Option(help="Expert to route to, of the four families or the six Cholec tools.")
     ] = None,
     mix: Annotated[list[str] | None, typer.Option(help="NAME=WEIGHT, several times.")] = None,
     schedule: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..moe_lora import WanmoeError
 from ..moe_lora.adapter_file import is_adapter, read_adapter
+from ..moe_lora.wan.weights import read_dit_config
 from ..train import ShardDataset
 from ..train.data.batch import LabelGates, check_labels
 from ..train.engine import check_versions
@@ -38,11 +39,8 @@ def preflight(config: Config) -> None:
     if stage != "pretrain":
         check_router(config)
     spec = STAGES[stage_name(config)]
-    if "base" in spec.trains and experts.base_ranks:
-        raise WanmoeError(
-            f"{model.adapter}: its base adapter is a LoRA that was taken over whole and stays as it is; "
-            "set train.stage = 'b' and train.freeze_base = true to train experts on it"
-        )
+    if "base" in spec.trains and model.dit is not None:
+        experts.check_base_trains(read_dit_config(model.dit)[0].num_layers)
     if config.data.reader == "streaming" and config.data.balanced and spec.routing in ("labels", "router"):
         raise WanmoeError(
             "data.balanced: a stream cannot be balanced over the instruments; set data.balanced = false, or "

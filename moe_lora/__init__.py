@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .adapter import Adapter, AdapterConfig, attach
 from .adapter_file import load_adapter, save_adapter
 from .errors import WanmoeError
-from .export import export_lora, export_merged
+from .export import export_lora, export_merged, gates_of
 from .instruments import CHOLEC, SURGICAL, Expert, ExpertSet
 from .interop import import_adapter
 from .routing import Gates, RouterConfig
@@ -36,6 +36,7 @@ __all__ = [
     "export_lora",
     "export_merged",
     "find_parts",
+    "gates_of",
     "import_adapter",
     "load_adapter",
     "load_clip",

@@ -37,7 +37,7 @@ class AdapterConfig(BaseModel):
     experts: tuple[Expert, ...] = SURGICAL
     """In the order of the gate columns."""
     fallback: str | None = None
-    """Expert for prompts without any keyword; none: such clips get the base adapter alone."""
+    """Expert for prompts without any keyword; none: such a prompt routes no expert."""
     rank_q: int = Field(8, ge=1)
     rank_k: int = Field(4, ge=1)
     rank_v: int = Field(4, ge=1)
@@ -114,6 +114,17 @@ class AdapterConfig(BaseModel):
         }
         alone = {name: (rank, None) for name, rank in self.base_ranks.items() if name not in ranks}
         return linears | alone
+
+    def check_base_trains(self, num_layers: int) -> None:
+        """Raises WanmoeError where the base adapter reaches further than the experts, as that of an imported
+        LoRA does: blocks before the first expert run without a graph."""
+        alone = [name for name, (_, rank) in self.linears(num_layers).items() if rank is None]
+        if alone:
+            raise WanmoeError(
+                f"the base adapter is also in {len(alone)} linears without experts, {alone[0]} for one, "
+                "and cannot train there; train experts on it, with train.stage = 'b' and "
+                "train.freeze_base = true"
+            )
 
 
 class LoRAMoELinear(nn.Module):

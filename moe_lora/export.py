@@ -21,9 +21,19 @@ from .files import file_sha256
 from .lora_file import Delta, noise_expert_of_name, read_lora, write_lora
 from .lora_merge import LoRAMerge, LoRASpec
 from .low_rank import check_finite, concatenate, relative_error, truncate
+from .routing import RuleRouter, TimeGate, at_noise_level
+from .wan.config import BOUNDARIES
 from .wan.weights import dit_hash, load_dit, read_dit_config, save_dit
 
-__all__ = ["ExportReport", "LoRAFormat", "export_lora", "export_merged", "merge_lora", "rewrite_lora"]
+__all__ = [
+    "ExportReport",
+    "LoRAFormat",
+    "export_lora",
+    "export_merged",
+    "gates_of",
+    "merge_lora",
+    "rewrite_lora",
+]
 
 LoRAFormat: TypeAlias = Literal["comfyui", "diffusers", "peft"]
 
@@ -58,13 +68,13 @@ def export_lora(
 ) -> ExportReport:
     """Writes the base and a fixed mix of the experts of an adapter file as a plain LoRA.
 
-    A LoRA has no gates: the mix is the same for every prompt and frame, and the factor of the bands over t is
-    taken as 1. Ranks are concatenated, which is exact, then padded with zeros to one rank for all linears.
+    A LoRA has no gates: the mix is the same for every prompt, frame and noise level. Ranks are concatenated,
+    which is exact, then padded with zeros to one rank for all linears.
 
     Args:
         gates: weight per expert, by a name of either taxonomy, used as it is: what the expert's change is
-            multiplied by, of any sign and sum. A router's gates sum to 1 (`RuleRouter.route` makes such of a
-            mix, as the command line does). None: the base adapter alone.
+            multiplied by, of any sign and sum. `gates_of` says what generation has of an instrument or a
+            mix. None: the base adapter alone.
         alpha_base: strength of the base adapter; `wanmoe generate` uses 0.7 where nothing is said.
         rank: cut to this rank by singular values where the sum has more.
         dtype: of the written factors; None: that of the adapter file.
@@ -88,6 +98,31 @@ def export_lora(
     stored = dtype or next(iter(tensors.values())).dtype
     source = _source(adapter_path, info, gates, alpha_base, alpha_expert, error)
     return _write(out, factors, format, stored, source, error)
+
+
+def gates_of(
+    adapter_path: str | Path, *, instrument: str | None = None, mix: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """What each expert's change is multiplied by, by name, when `wanmoe generate` is asked for an instrument,
+    a mix or nothing, at the highest noise level that the file serves; who has 0 is left out.
+
+    Raises WanmoeError for an unknown instrument, or a file that is none.
+    """
+    info, tensors = read_adapter(adapter_path)
+    experts = info.adapter.expert_set
+    routed = torch.zeros(len(experts))
+    if instrument or mix:
+        routed = RuleRouter(experts).route(hint=instrument, mix=mix)
+    learned = None
+    if info.router.time_gate == "learned":
+        learned = TimeGate(len(experts))
+        learned.load_state_dict(
+            {name: tensors[f"router.time_{name}"].float() for name in learned.state_dict()}
+        )
+    t = torch.tensor([BOUNDARIES[info.task] if info.noise_expert == "low" else 1.0])
+    with torch.no_grad():
+        shaped = at_noise_level(routed[None], t, info.router, learned)[0].tolist()
+    return {name: round(gate, 6) for name, gate in zip(experts.names, shaped, strict=True) if gate}
 
 
 def rewrite_lora(

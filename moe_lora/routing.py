@@ -45,7 +45,7 @@ class Gates(NamedTuple):
     """
 
     experts: Tensor
-    """[G, E]: router output x band(t) or the learned factor of t x alpha_expert."""
+    """[G, E]: router output as `at_noise_level` shapes it x alpha_expert."""
     base: Tensor
     """[G]: alpha_base."""
     tokens_per_row: int
@@ -134,12 +134,18 @@ class RouterConfig(BaseModel):
         return self
 
     def check(self, experts: int | None = None) -> None:
-        """Raises WanmoeError where the gates of a learned router could not sum to 1 under max_gate."""
+        """Raises WanmoeError where the gates of a learned router could not sum to 1 under max_gate, and for a
+        floor under a contrast."""
         kept = self.top_k if experts is None else min(self.top_k, experts)
         if self.max_gate < 1 and self.max_gate * kept < 1 - 1e-6:
             raise WanmoeError(
                 f"router.max_gate = {self.max_gate} leaves less than 1 for {kept} experts together; set it "
                 f"to at least {1 / kept:.3g}, or raise router.top_k"
+            )
+        if self.floor and self.time_gate == "contrast":
+            raise WanmoeError(
+                f"router.floor = {self.floor} does nothing under router.time_gate = 'contrast', which keeps "
+                "all experts on by itself; set one of the two"
             )
 
 
@@ -198,6 +204,8 @@ def at_noise_level(gates: Tensor, t: Tensor, config: RouterConfig, learned: Time
     if config.time_gate == "contrast":
         width = ramp(t.float(), config.contrast).to(gates.dtype)[:, None]
         return 1 + width * (gates.shape[1] * gates - gates.sum(1, keepdim=True))
+    if config.time_gate == "learned" and learned is None:
+        raise ValueError("router.time_gate is learned: its gate must be given")
     factor: Tensor = band(t.float(), config.bands)[:, None] if learned is None else learned(t)
     return (config.floor + (1 - config.floor) * gates) * factor.to(gates.dtype)
 
@@ -221,7 +229,7 @@ class RuleRouter:
     The first that is given decides. A hint and a single label are exactly one-hot, a mix and several labels
     exactly proportional to their weights; a name of the other surgical taxonomy is taken for its members here
     (`ExpertSet.weights`). A prompt without any keyword is no evidence: the fallback expert of the set if
-    it names one, otherwise all zero, which leaves the clip to the base adapter.
+    it names one, otherwise all zero: no expert is routed.
     """
 
     def __init__(self, experts: ExpertSet, top_k: int = 2, temperature: float = 0.7) -> None:

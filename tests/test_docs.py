@@ -105,6 +105,10 @@ def test_the_table_of_stages_is_that_of_the_code():
             rows[cells[0]] = cells[1:]
     stages = [STAGES[name] for name in ("a", "b+base", "b+base+router", "c", "pretrain")]
     assert [float(cell.split(",")[0]) for cell in rows["learning rate"]] == [stage.lr for stage in stages]
+    words = {"base": "base adapter", "experts": "experts", "router": "router"}
+    assert rows["trains"][:4] == [", ".join(words[part] for part in stage.trains) for stage in stages[:4]]
+    gates = [stage.time_gate if "experts" in stage.trains else "none" for stage in stages]
+    assert rows["time gate"] == gates
     schedule = [f"{stage.schedule}, {stage.warmup}" for stage in stages]
     assert rows["schedule, warm-up"] == schedule
     assert [float(cell) for cell in rows["epochs"]] == [stage.epochs for stage in stages]
@@ -150,6 +154,15 @@ def test_the_figures_of_the_readme_are_those_of_the_committed_result():
     assert f"about {float(results.facts['wall time'].split()[0]):.0f} minutes" in readme
 
 
+@pytest.mark.parametrize(("mark", "result"), [("main", "recipes"), ("search", "recipes-search")])
+def test_the_tables_of_recipes_are_those_of_the_committed_results(mark, result):
+    from wanmoe.launch.bench_recipes import table
+
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    shown = page.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0].strip()
+    assert shown == table(json.loads((ROOT / "docs" / f"{result}.json").read_text(encoding="utf-8")))
+
+
 def test_the_commands_of_the_page_on_kernels(tmp_path):
     page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
     linear, block, resources, gpu = blocks("bash", page)
@@ -171,6 +184,7 @@ def test_the_commands_of_the_page_on_kernels(tmp_path):
         "docs/interop.md",
         "docs/data.md",
         "docs/training.md",
+        "docs/recipes.md",
         "docs/kernels.md",
         "csrc/README.md",
         "kernels/lora_moe/README.md",

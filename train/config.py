@@ -29,7 +29,8 @@ class ModelConfig(Section):
     noise_expert: Literal["high", "low", "both"] = "both"
     """Which side of the boundary this model serves: its t is drawn there alone. both: one model for all t."""
     adapter: Path | None = None
-    """Adapter file that this stage starts from (stage b: the file of a; stage c: the file of b)."""
+    """Adapter file that this stage starts from (stage c: the file of b; stage b: that of a, if
+    any)."""
     any_base: bool = False
     """Take the adapter although it was trained on another base, task or noise expert."""
 
@@ -138,7 +139,8 @@ class OptimizerConfig(Section):
     lr: float | None = Field(None, gt=0)
     """Default by stage: pretrain 1e-3, a 1e-4, b 5e-5, c 1e-3."""
     base_lr: float | None = Field(None, gt=0)
-    """Of a base adapter that trains beside the experts in stage b; default: as `lr`."""
+    """Of a base adapter that trains beside the experts in stage b; default: as `lr` where that is given, else
+    1e-4."""
     router_lr: float | None = Field(None, gt=0)
     """Of a router that trains beside the experts in stage b; default 1e-4."""
     time_gate_lr: float = Field(1e-2, gt=0)
@@ -163,8 +165,8 @@ class TrainConfig(Section):
     steps: int | None = Field(None, ge=1)
     """Optimizer steps; default: what `epochs` makes."""
     epochs: float | None = Field(None, gt=0)
-    """Rounds over the clips, where steps are not given; default by stage: pretrain and b with a router 20,
-    a 10, b 15, c 5."""
+    """Rounds over the clips, where steps are not given; default by stage: pretrain 20, a 10, b 25 (with a
+    router 30; 15 and 20 with freeze_base), c 5."""
     accumulation: int = Field(1, ge=1)
     """Forwards per optimizer step and rank."""
     seed: int = Field(0, ge=0)

@@ -53,7 +53,7 @@ def evaluate(
     Args:
         stage: row of the stage table that says where gates come from: "a", "b", "c", "pretrain" for no
         adapter.
-        wrong_expert: measure every clip with each expert alone: row = the clip's instrument, column = the
+        wrong_expert: measure every clip with each expert routed: row = the clip's instrument, column = the
         expert.
     """
     labels = [main_instrument(dataset, index) for index in range(len(dataset))]

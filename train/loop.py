@@ -13,7 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import tomli_w
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
@@ -49,6 +48,7 @@ from .model import (
     load_model,
     local_files,
     ready_adapter,
+    resolved,
     side_of,
     side_range,
 )
@@ -89,6 +89,7 @@ class Trainer:
         self.dit.checkpointing = config.train.checkpointing
         if self.adapter is not None:
             ready_adapter(config, self.spec, self.adapter)
+            self.config = config = resolved(config, self.adapter)
         self.t_range = side_range(config, self.spec, self.dit.config.boundary)
         together(self._load_data)
         shards, global_batch = self.batches.shards, self.batches.global_batch
@@ -173,7 +174,7 @@ class Trainer:
             unseen = check_labels(dataset, self.gates)
             check_labels(self.held_out, self.gates)
             if unseen:
-                self._say(f"no training clip shows {', '.join(unseen)}: these experts stay as they are")
+                self._say(f"no training clip shows {', '.join(unseen)}: nothing is routed to these experts")
 
     def _make_objective(self) -> Objective:
         return Objective(
@@ -214,12 +215,10 @@ class Trainer:
     def _tracker(self, trainer: dict[str, Any]) -> Tracker | None:
         if self.rank != 0:
             return None
-        self.run.mkdir(parents=True, exist_ok=True)
-        dump = self.config.model_dump(mode="json", exclude_none=True)
-        dump["train"]["steps"] = self.steps
-        dump["train"].pop("epochs", None)  # a config that is given back says one of the two
-        (self.run / "config.toml").write_text(tomli_w.dumps(dump))
-        params = flatten(dump) | {"world_size": self.world, "trainable": self._trainable_count()}
+        params = flatten(resume.write_config(self.config, self.run, self.steps)) | {
+            "world_size": self.world,
+            "trainable": self._trainable_count(),
+        }
         params |= {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
         return Tracker(self.config.tracking, self.run, params, self.step, trainer.get("mlflow_run"))
 

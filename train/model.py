@@ -56,16 +56,26 @@ def load_model(config: TrainerConfig, dtype: torch.dtype | None = None) -> tuple
 def router_config(config: TrainerConfig) -> RouterConfig:
     """The router as configured, and with the stage's own time gate where experts begin to train and neither
     the config nor the file of stage a says how loud they are at a noise level."""
-    asked = config.router
+    asked, plain = config.router, RouterConfig()
     own = STAGES[stage_name(config)].time_gate
-    said = bool(asked.model_fields_set & set(_LOUDNESS))
+    said = "time_gate" in asked.model_fields_set
+    known = [asked]
     if config.model.adapter is not None:
         info = read_adapter_info(config.model.adapter)
-        plain = RouterConfig()
-        said |= info.stage != "a" or any(
-            getattr(info.router, key) != getattr(plain, key) for key in _LOUDNESS
-        )
+        said |= info.stage != "a"
+        known.append(info.router)
+    said |= any(getattr(one, key) != getattr(plain, key) for one in known for key in _LOUDNESS)
     return asked if said or own == "bands" else asked.model_copy(update={"time_gate": own})
+
+
+def resolved(config: TrainerConfig, adapter: Adapter) -> TrainerConfig:
+    """The config with what the adapter file and the stage decided, as a run writes it down: given back, it
+    asks for the same run."""
+    linear = next(iter(adapter.modules.values()))
+    dropouts = {"rank_dropout": linear.rank_dropout, "module_dropout": linear.module_dropout}
+    return config.model_copy(
+        update={"router": adapter.router_config, "adapter": adapter.config.model_copy(update=dropouts)}
+    )
 
 
 def ready_adapter(config: TrainerConfig, spec: StageSpec, adapter: Adapter) -> None:
@@ -127,7 +137,8 @@ def local_files(config: TrainerConfig) -> dict[str, Any]:
 
 def check_router(config: TrainerConfig) -> None:
     """A learned router must come from the file or be trained by this stage: a random one must never route."""
-    trains = "router" in STAGES[stage_name(config)].trains
+    spec = STAGES[stage_name(config)]
+    trains = "router" in spec.trains
     in_file = config.model.adapter is not None and has_router(read_adapter(config.model.adapter)[1])
     if trains and config.router.mode != "learned" and not in_file:
         raise WanmoeError("router.mode = 'rule' but a router is to be trained; set router.mode = 'learned'")
@@ -137,11 +148,7 @@ def check_router(config: TrainerConfig) -> None:
             "none; leave the key out, or set train.train_router = true in stage b"
         )
     has_gate = config.model.adapter is not None and has_time_gate(read_adapter(config.model.adapter)[1])
-    if (
-        config.router.time_gate == "learned"
-        and "experts" not in STAGES[stage_name(config)].trains
-        and not has_gate
-    ):
+    if config.router.time_gate == "learned" and "experts" not in spec.trains and not has_gate:
         raise WanmoeError(
             f"router.time_gate = 'learned' but stage {config.train.stage} trains no experts and its adapter "
             "has no such gate; set it in stage b"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from torch import Tensor
 
 from ..moe_lora import WanmoeError
@@ -41,6 +42,16 @@ def find(
     for complaint in complaints:
         say(complaint)
     return (None, None, {}) if path is None else (path, *checkpoint.read(path))
+
+
+def write_config(config: TrainerConfig, run: Path, steps: int) -> dict[str, Any]:
+    """Writes `config.toml` into a run folder and returns what it holds."""
+    dump = config.model_dump(mode="json", exclude_none=True)
+    dump["train"]["steps"] = steps
+    dump["train"].pop("epochs", None)  # a config that is given back says one of the two
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.toml").write_text(tomli_w.dumps(dump))
+    return dump
 
 
 def identity(config: TrainerConfig, **facts: Any) -> dict[str, Any]:

@@ -68,7 +68,11 @@ STAGES: dict[str, StageSpec] = {
 for _name in ("b", "b+router"):
     _spec = STAGES[_name]
     STAGES[_name.replace("b", "b+base", 1)] = replace(
-        _spec, trains=("base", *_spec.trains), t_range=(0.0, 1.0), time_gate="contrast"
+        _spec,
+        trains=("base", *_spec.trains),
+        epochs=STAGES["a"].epochs + _spec.epochs,
+        t_range=(0.0, 1.0),
+        time_gate="contrast",
     )
 
 
@@ -131,6 +135,8 @@ def select_trainable(spec: StageSpec, dit: WanDiT, adapter: Adapter | None) -> d
         return dict(dit.named_parameters())
     if adapter is None:
         raise ValueError("every stage but pretrain needs an adapter")
+    if "base" in spec.trains:
+        adapter.config.check_base_trains(len(dit.blocks))
     wanted = adapter.train_only(spec.trains)
     if not wanted:
         raise WanmoeError(

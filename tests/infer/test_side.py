@@ -249,6 +249,10 @@ def test_a_learned_time_gate_acts_at_every_step_and_is_where_t_is(inputs, reside
         cast.step += 1
 
 
-def test_merged_weights_under_a_learned_time_gate_are_refused():
-    with pytest.raises(WanmoeError, match="has a learned time gate, which changes it at every step"):
+def test_merged_weights_are_refused_where_the_gates_change_at_every_step():
+    with pytest.raises(WanmoeError, match="has the time gate 'learned', which changes it at every step"):
         Side("low", *timed_model(), CPU, merged=True)
+    dit, adapter = model()
+    adapter.router_config = RouterConfig(time_gate="contrast")
+    with pytest.raises(WanmoeError, match="has the time gate 'contrast', which changes it at every step"):
+        Side("low", dit, adapter, CPU, merged=True)

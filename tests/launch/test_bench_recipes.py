@@ -39,6 +39,9 @@ def test_recipes_are_trained_and_measured_with_their_parameters(done):
     (frozen,), (staged,) = result["rows"]["frozen base"], result["rows"][STAGED]
     assert frozen["parameters"] == 0 and staged["parameters"] > 10_000
     assert "wrong" not in frozen and "wrong" in staged
+    # Nobody was trained against who judges.
+    assert (out / "judge.safetensors").read_bytes() != (out / "classifier.safetensors").read_bytes()
+    assert "classifier.safetensors" in next((out / "configs").glob("*few-clips-0-0.toml")).read_text()
     assert frozen["loss"] != staged["loss"] and 0 <= staged["pck"] <= 1 and 0 <= staged["identity"] <= 1
     assert frozen["pairs"] != staged["pairs"] > 0
     log = next((out / "runs").glob("*few-clips-0")) / "0-b" / "config.toml"

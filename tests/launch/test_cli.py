@@ -160,7 +160,7 @@ TRAIN_FAULTS = {
     ),
     "base of an import": (
         ["--train.stage", "b", "--model.adapter", "{work}/imported.safetensors"],
-        ("imported.safetensors", "LoRA that was taken over whole", "train.freeze_base = true"),
+        ("blocks.0.self_attn.q", "without experts", "train.freeze_base = true"),
     ),
     "router not learned": (
         ["--train.stage", "c", "--model.adapter", "{work}/adapter.safetensors"],

@@ -87,7 +87,7 @@ def test_an_export_comes_back_and_does_the_same(files, command, tmp_path):
         "--alpha-base", 0.7, "--out", out,
     )  # fmt: skip
     assert code == 0, error
-    assert "17 linears of rank 16, exact" in said and "bands over t are not in it" in said
+    assert "17 linears of rank 16, exact" in said and "time gate is not in it" in said
 
     config = tmp_path / "a.toml"
     config.write_text("[adapter]\nblocks = 2\nffn_blocks = 1\n")

@@ -8,8 +8,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from wanmoe.moe_lora import AdapterConfig, WanmoeError, import_adapter, load_dit, save_adapter
-from wanmoe.moe_lora.export import export_lora, export_merged, merge_lora, rewrite_lora
+from wanmoe.moe_lora import (
+    AdapterConfig,
+    RouterConfig,
+    WanmoeError,
+    attach,
+    import_adapter,
+    load_dit,
+    save_adapter,
+)
+from wanmoe.moe_lora.export import export_lora, export_merged, gates_of, merge_lora, rewrite_lora
 from wanmoe.moe_lora.lora_file import read_lora
 from wanmoe.moe_lora.lora_merge import LoRASpec
 from wanmoe.moe_lora.wan.weights import dit_hash, save_dit
@@ -174,3 +182,23 @@ def test_a_plain_lora_merged_into_a_file_is_the_one_merged_at_load(frozen, tmp_p
         said = handle.metadata()
     assert said["noise_expert"] == "high"
     assert json.loads(said["wanmoe_source"])["lora"] == "lora_high.safetensors"
+
+
+@pytest.mark.parametrize("time_gate", ["bands", "contrast", "learned"])
+@pytest.mark.parametrize(("side", "t"), [("high", 1.0), ("low", 0.875)])
+def test_gates_of_an_export_are_those_of_generation(dit, tmp_path, time_gate, side, t):
+    adapter = attach(dit, AdapterConfig(blocks=2, ffn_blocks=1), RouterConfig(time_gate=time_gate))
+    if adapter.time_gate is not None:
+        adapter.time_gate.center.data += torch.linspace(0, 0.3, len(adapter.experts))
+    path = save_adapter(adapter, tmp_path / "a.safetensors", stage="b", step=1, noise_expert=side)
+    names = adapter.experts.names
+    for asked, routed in (
+        ({"instrument": names[1]}, {names[1]: 1.0}),
+        ({"mix": {names[0]: 3.0, names[1]: 1.0}}, {names[0]: 0.75, names[1]: 0.25}),
+        ({}, {}),
+    ):
+        row = torch.tensor([[routed.get(name, 0.0) for name in names]])
+        truth = adapter.gates(row, torch.tensor([t]), tokens=4).experts[0].tolist()
+        found = gates_of(path, **asked)
+        assert [found.get(name, 0.0) for name in names] == pytest.approx(truth, abs=1e-5)
+        assert bool(found) == (bool(asked) or time_gate == "contrast")

@@ -235,7 +235,7 @@ def _text(axes: Axes, sample: Sample, height: float, look: _Look) -> None:
         axes.plot(0.01, y - line * 0.45, "s", ms=6, color=colour, mec=_INK, mew=0.4, transform=axes.transAxes)
         named = f"{', '.join(names)}; expert {_legible(expert, look)}"
     else:
-        named = "no instrument known: the base adapter alone"
+        named = "no instrument known: no expert"
     for part in _wrap(named, _COLUMNS - 4, 2):
         axes.text(0.03, y, part, fontsize=8.5, color=_INK, va="top")
         y -= line
