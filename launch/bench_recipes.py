@@ -105,6 +105,7 @@ _SAME = {
 _ON = {"router.time_gate": '"bands"', "router.bands": "[[0.0, 1.0]]"}
 _CONTRAST = {"router.time_gate": '"contrast"'}
 _ROUTER = {"train.train_router": "true", "router.mode": '"learned"', "optimizer.router_lr": "3e-3"}
+_DROPPED = {"data.caption_dropout": "0.5"}
 _FROZEN = {"train.freeze_base": "true"}
 
 
@@ -157,15 +158,15 @@ RECIPES: dict[str, Recipe] = {
         Recipe("joint, orthogonal experts", _joint(_ON, {"objective.orthogonality": "0.1"})),
         Recipe("joint, learned time gate", _joint({"router.time_gate": '"learned"', "router.floor": "0.5"})),
         Recipe("joint, contrast, rank dropout", _joint(_CONTRAST, {"adapter.rank_dropout": "0.05"})),
-        Recipe(
-            "joint, contrast, captions dropped by half", _joint(_CONTRAST, {"data.caption_dropout": "0.5"})
-        ),
-        Recipe(
-            f"{BASE_LINE}, captions dropped by half", _alone("a", **_WIDE, **{"data.caption_dropout": "0.5"})
-        ),
+        Recipe("joint, contrast, captions dropped by half", _joint(_CONTRAST, _DROPPED)),
+        Recipe(f"{BASE_LINE}, captions dropped by half", _alone("a", **_WIDE, **_DROPPED)),
         Recipe(f"{BASE_LINE}, few clips", _alone("a", **_WIDE), "few"),
         Recipe("base + experts (rule), few clips", _joint(_CONTRAST), "few"),
         Recipe("joint, one expert a clip, few clips", _joint(_ON), "few"),
+        Recipe(f"{BASE_LINE}, few clips, captions dropped by half", _alone("a", **_WIDE, **_DROPPED), "few"),
+        Recipe(
+            "base + experts (rule), few clips, captions dropped by half", _joint(_CONTRAST, _DROPPED), "few"
+        ),
     )
 }
 MAIN = tuple(RECIPES)[:5]

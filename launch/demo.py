@@ -63,9 +63,9 @@ class Recipe:
     val: int = 48
     background_clips: int = 400
     batch: int = 2
-    steps: tuple[int, int, int, int] = (1000, 400, 600, 150)
-    """Of pretrain, a, b, c."""
-    lr: tuple[float, float, float, float] = (3e-3, 3e-3, 5e-3, 3e-3)
+    steps: tuple[int, int, int, int] = (1000, 600, 600, 150)
+    """Of pretrain, a, b, c. Stage b does not go on from a: both have the same steps and rate."""
+    lr: tuple[float, float, float, float] = (3e-3, 5e-3, 5e-3, 3e-3)
     sample_steps: int = 30
 
 
