@@ -68,6 +68,15 @@ class Sizes:
     judge_steps: int | None = None
     """Of classifier and detector; None: as many as the commands take."""
 
+    def scenes(self) -> dict[str, tuple[int, int, int, int]]:
+        """By kind: instruments in a scene, the seed it is drawn with, training and held-out clips."""
+        return {
+            "clips": (1, 0, self.clips, self.val),
+            "background": (0, 1, self.background, 16),
+            "few": (1, 2, self.few, 4),
+            "pairs": (2, 3, 1, self.pairs),
+        }
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -171,14 +180,6 @@ RECIPES: dict[str, Recipe] = {
 }
 MAIN = tuple(RECIPES)[:5]
 
-# Kinds of scenes: instruments in each, the seed they are drawn with, and how many train and are held out.
-_SCENES: dict[str, tuple[int, int, str | int, str | int]] = {
-    "clips": (1, 0, "clips", "val"),
-    "background": (0, 1, "background", 16),
-    "few": (1, 2, "few", 4),
-    "pairs": (2, 3, 1, "pairs"),
-}
-
 
 def run_recipes(
     names: Sequence[str],
@@ -203,7 +204,7 @@ def run_recipes(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
         say("clips, base, classifiers and detector")
-        list(pool.map(shared.make_clips, _SCENES))
+        list(pool.map(shared.make_clips, sizes.scenes()))
         makers = [
             pool.submit(make)
             for make in (shared.make_base, shared.make_classifier, shared.make_judge, shared.make_detector)
@@ -245,7 +246,7 @@ class Shared:
         self.detector = self.out / "detector.safetensors"
 
     def shards(self, kind: str) -> Path:
-        """Of one kind of _SCENES."""
+        """Of one kind of `Sizes.scenes`."""
         return self.out / "shards" / kind
 
     def row(self, name: str, seed: int) -> Path:
@@ -258,11 +259,11 @@ class Shared:
         """Draws and encodes one kind of scenes."""
         if (self.shards(kind) / "manifest.json").exists():
             return
-        sizes, (instruments, seed, clips, val) = self.sizes, _SCENES[kind]
+        sizes, (instruments, seed, clips, val) = self.sizes, self.sizes.scenes()[kind]
         path = synth_clips(
             self.out / kind,
-            clips=_count(sizes, clips),
-            val=_count(sizes, val),
+            clips=clips,
+            val=val,
             seed=seed,
             instruments=instruments,
             height=sizes.size[0],
@@ -341,20 +342,20 @@ class Shared:
         _run([sys.executable, "-m", "wanmoe.launch", *words], dict(os.environ), out.with_suffix(".log"))
 
 
-def _count(sizes: Sizes, count: str | int) -> int:
-    return int(getattr(sizes, count)) if isinstance(count, str) else count
-
-
 def run_one(shared: Shared, name: str, seed: int) -> dict[str, float]:
     """Trains one recipe with one seed and measures it; what is done already is read."""
     path, recipe = shared.row(name, seed), RECIPES[name]
-    judges = [file_sha256(file) for file in (shared.base, shared.judge, shared.detector)]
-    facts = {"format": FORMAT, "recipe": json.loads(json.dumps(asdict(recipe))), "judges": judges}
+    files = (shared.base, shared.classifier, shared.judge, shared.detector)
+    facts = {
+        "format": FORMAT,
+        "recipe": json.loads(json.dumps(asdict(recipe))),
+        "files": [file_sha256(file) for file in files],
+    }
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         if found.pop("of", None) == facts:
             return found
-        # It is another recipe by now, or judged by others.
+        # It is another recipe by now, or trained on or judged by other files.
         shutil.rmtree(shared.out / "runs" / f"{_slug(name)}-{seed}", ignore_errors=True)
     began = time.monotonic()
     adapter: Path | None = None
