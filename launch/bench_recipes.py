@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,16 @@ from ..moe_lora.wan.text import load_text_encoder
 from ..train.data.clip_list import read_clip_list
 from ..train.data.prepare import prepare
 from ..train.data.router_prompts import router_prompts
+from ..train.data.shards import ShardDataset
 from ..train.stages import STAGES, stage_name
 from ..train.synth import synth_clips
 from .config import Config, apply_overrides, parse_config
+from .demo import check_reached
 from .launcher import environment, master_port
 from .recipe_figures import COLUMNS, judged, measure
+from .recipes import BASE_LINE, RECIPES, Recipe
 
-FORMAT = "wanmoe-recipes/2"
-BASE_LINE = "base adapter, equal parameters"
-"""What the others are held against."""
+FORMAT = "wanmoe-recipes/3"
 
 
 @dataclass(frozen=True)
@@ -78,109 +79,6 @@ class Sizes:
         }
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One `wanmoe train` of a recipe."""
-
-    stage: str
-    share: float
-    """Of the recipe's steps."""
-    keys: Mapping[str, str] = field(default_factory=dict)
-    """Config keys and values, as on the command line."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A way to an adapter: stages in turn, each from the file of the one before."""
-
-    name: str
-    stages: tuple[Stage, ...]
-    clips: str = "clips"
-    """What it is trained on; measured are all on the same clips."""
-
-
-_RANKS = (("q", 8), ("k", 4), ("v", 4), ("o", 4), ("ffn", 4))
-# alpha / rank stays that of the others: with alpha 4 at rank 20 the wide base would learn at a fifth.
-_WIDE = {f"adapter.rank_{name}": str(5 * rank) for name, rank in _RANKS} | {"adapter.alpha": "20.0"}
-# The same for every row: a rate tuned for the wide base (5e-3 to 8e-2 were tried) and all losses.
-_SAME = {
-    "optimizer.lr": "2e-2",
-    "optimizer.schedule": '"cosine"',
-    "objective.identity": "0.5",
-    "objective.temporal": "0.5",
-    "objective.t_range": "[0.0, 1.0]",
-    "adapter.rank_dropout": "0.0",
-}
-_ON = {"router.time_gate": '"bands"', "router.bands": "[[0.0, 1.0]]"}
-_CONTRAST = {"router.time_gate": '"contrast"'}
-_ROUTER = {"train.train_router": "true", "router.mode": '"learned"', "optimizer.router_lr": "3e-3"}
-_DROPPED = {"data.caption_dropout": "0.5"}
-_FROZEN = {"train.freeze_base": "true"}
-
-
-def _alone(stage: str, **keys: str) -> tuple[Stage, ...]:
-    return (Stage(stage, 1.0, _SAME | keys),)
-
-
-def _joint(*keys: Mapping[str, str]) -> tuple[Stage, ...]:
-    every = {key: value for part in (_SAME, *keys) for key, value in part.items()}
-    return (Stage("b", 1.0, every),)
-
-
-def _in_turn(*keys: Mapping[str, str]) -> tuple[Stage, ...]:
-    every = {key: value for part in (_SAME, *keys) for key, value in part.items()}
-    return (Stage("a", 0.5, _SAME), Stage("b", 0.5, every))
-
-
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("frozen base", ()),
-        Recipe("base adapter", _alone("a")),
-        Recipe(BASE_LINE, _alone("a", **_WIDE)),
-        Recipe("base + experts (rule)", _joint(_CONTRAST)),
-        Recipe("base + experts + router (joint)", _joint(_CONTRAST, _ROUTER)),
-        Recipe(f"{BASE_LINE}, rate 1e-2", _alone("a", **_WIDE, **{"optimizer.lr": "1e-2"})),
-        Recipe(f"{BASE_LINE}, rate 4e-2", _alone("a", **_WIDE, **{"optimizer.lr": "4e-2"})),
-        Recipe("A, then B: base frozen, one expert a clip", _in_turn(_ON, _FROZEN)),
-        Recipe(
-            "A, then B, experts off at little noise (bands)",
-            _in_turn(_FROZEN, {"router.time_gate": '"bands"'}),
-        ),
-        Recipe(
-            "A, then B, experts from the base's down",
-            _in_turn(_ON, _FROZEN, {"adapter.expert_init": '"base"'}),
-        ),
-        Recipe("A, then base and experts, contrast", _in_turn(_CONTRAST)),
-        Recipe("joint, one expert a clip", _joint(_ON)),
-        Recipe("joint, all experts alike (control)", _joint(_CONTRAST, {"router.contrast": "[[0.0, 0.0]]"})),
-        Recipe("joint, floor 0.5", _joint(_ON, {"router.floor": "0.5"})),
-        Recipe("joint, wide contrast", _joint(_CONTRAST, {"router.contrast": "[[0.3, 0.0], [0.9, 0.5]]"})),
-        Recipe("joint, wider contrast", _joint(_CONTRAST, {"router.contrast": "[[0.3, 0.0], [0.9, 0.8]]"})),
-        Recipe(
-            "joint, contrast at every level",
-            _joint(_CONTRAST, {"router.contrast": "[[0.0, 0.5], [1.0, 0.5]]"}),
-        ),
-        Recipe("joint, soft to sharp", _joint(_ON, {"objective.soft_start": "0.8"})),
-        # A clip is one of four instruments: its expert sees a quarter of what the base sees.
-        Recipe("joint, one expert a clip, rate by its share", _joint(_ON, {"optimizer.base_lr": "5e-3"})),
-        Recipe("joint, orthogonal experts", _joint(_ON, {"objective.orthogonality": "0.1"})),
-        Recipe("joint, learned time gate", _joint({"router.time_gate": '"learned"', "router.floor": "0.5"})),
-        Recipe("joint, contrast, rank dropout", _joint(_CONTRAST, {"adapter.rank_dropout": "0.05"})),
-        Recipe("joint, contrast, captions dropped by half", _joint(_CONTRAST, _DROPPED)),
-        Recipe(f"{BASE_LINE}, captions dropped by half", _alone("a", **_WIDE, **_DROPPED)),
-        Recipe(f"{BASE_LINE}, few clips", _alone("a", **_WIDE), "few"),
-        Recipe("base + experts (rule), few clips", _joint(_CONTRAST), "few"),
-        Recipe("joint, one expert a clip, few clips", _joint(_ON), "few"),
-        Recipe(f"{BASE_LINE}, few clips, captions dropped by half", _alone("a", **_WIDE, **_DROPPED), "few"),
-        Recipe(
-            "base + experts (rule), few clips, captions dropped by half", _joint(_CONTRAST, _DROPPED), "few"
-        ),
-    )
-}
-MAIN = tuple(RECIPES)[:5]
-
-
 def run_recipes(
     names: Sequence[str],
     seeds: Sequence[int],
@@ -201,8 +99,11 @@ def run_recipes(
     began = time.monotonic()
     shared = Shared(out, sizes)
     _claim(out, sizes)
+    found = sum(shared.row(name, seed).exists() for name in names for seed in seeds)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
+    rows: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in names}
+    try:
         say("clips, base, classifiers and detector")
         list(pool.map(shared.make_clips, sizes.scenes()))
         makers = [
@@ -214,15 +115,20 @@ def run_recipes(
         # The main rows grow longer down the list: the longest first, so that no core waits long at the end.
         order = [(name, seed) for seed in seeds for name in reversed(names)]
         work = {pool.submit(run_one, shared, name, seed): (name, seed) for name, seed in order}
-        rows: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
         for future in as_completed(work):
-            figures = future.result()
             name, seed = work[future]
-            rows[name][seed] = figures
+            rows[name][seed] = future.result()
+            figures = rows[name][seed]["figures"]
             say(
                 f"{name}, seed {seed}: "
                 + ", ".join(f"{key} {figures[key]:.4g}" for key in COLUMNS if key in figures)
             )
+    except WanmoeError as error:
+        say(f"{error}; ending what still runs")
+        raise
+    finally:
+        # After a failure nobody waits for hours of other recipes.
+        pool.shutdown(cancel_futures=True)
     return {
         "format": FORMAT,
         "provenance": provenance(torch.device("cpu"), argv),
@@ -230,7 +136,9 @@ def run_recipes(
         "seeds": list(seeds),
         "judges": judged(shared.judge, shared.detector),
         "recipes": {name: asdict(RECIPES[name]) for name in names},
-        "rows": {name: [rows[name][seed] for seed in seeds] for name in names},
+        "rows": {name: [rows[name][seed]["figures"] for seed in seeds] for name in names},
+        "commits": sorted({row["commit"] for by_seed in rows.values() for row in by_seed.values()}),
+        "rows_found": found,
         "minutes": (time.monotonic() - began) / 60,
     }
 
@@ -342,20 +250,24 @@ class Shared:
         _run([sys.executable, "-m", "wanmoe.launch", *words], dict(os.environ), out.with_suffix(".log"))
 
 
-def run_one(shared: Shared, name: str, seed: int) -> dict[str, float]:
-    """Trains one recipe with one seed and measures it; what is done already is read."""
+def run_one(shared: Shared, name: str, seed: int) -> dict[str, Any]:
+    """Trains one recipe with one seed and measures it; what is done already is read.
+
+    Returns its `figures`, the `commit` that they were made at, and what they are `of`.
+    """
     path, recipe = shared.row(name, seed), RECIPES[name]
     files = (shared.base, shared.classifier, shared.judge, shared.detector)
     facts = {
         "format": FORMAT,
         "recipe": json.loads(json.dumps(asdict(recipe))),
         "files": [file_sha256(file) for file in files],
+        "shards": [ShardDataset(shared.shards(kind), "val").fingerprint for kind in shared.sizes.scenes()],
     }
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
-        if found.pop("of", None) == facts:
+        if found.get("of") == facts:
             return found
-        # It is another recipe by now, or trained on or judged by other files.
+        # It is another recipe by now, or trained on or judged by other files and clips.
         shutil.rmtree(shared.out / "runs" / f"{_slug(name)}-{seed}", ignore_errors=True)
     began = time.monotonic()
     adapter: Path | None = None
@@ -376,10 +288,16 @@ def run_one(shared: Shared, name: str, seed: int) -> dict[str, float]:
         trained,
     )
     figures["train_s"] = seconds
+    commit = provenance(torch.device("cpu"), [])["commit"] or {"hash": "unknown", "dirty": False}
+    made = {
+        "figures": figures,
+        "commit": commit["hash"] + ("-dirty" if commit["dirty"] else ""),
+        "of": facts,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(figures | {"of": facts}, indent=1)
+    text = json.dumps(made, indent=1)
     write_atomic(path, lambda partial: partial.write_text(text))
-    return figures
+    return made
 
 
 def train(config: Config, path: Path, threads: int = 1) -> set[Part]:
@@ -395,6 +313,7 @@ def train(config: Config, path: Path, threads: int = 1) -> set[Part]:
     _run(
         [sys.executable, "-m", "wanmoe.launch", "train", "--config", str(path)], env, path.with_suffix(".log")
     )
+    check_reached(config)
     return set(STAGES[stage_name(config)].trains)
 
 

@@ -240,12 +240,13 @@ def _gates(path: Path, instrument: str | None, mix: dict[str, float] | None) -> 
 
     gates = gates_of(path, instrument=instrument, mix=mix)
     if not instrument and not mix:
-        experts = read_adapter_info(path).adapter.experts
-        typer.echo(
-            f"{path}: no instrument, so all experts alike"
-            if gates
-            else f"{path}: base adapter alone, {len(experts)} experts left out"
-        )
+        adapter = read_adapter_info(path).adapter
+        if adapter.fallback is not None:
+            typer.echo(f"{path}: no instrument, so its fallback expert {adapter.fallback}")
+        elif gates:
+            typer.echo(f"{path}: no instrument, so all experts alike")
+        else:
+            typer.echo(f"{path}: base adapter alone, {len(adapter.experts)} experts left out")
     return gates
 
 

@@ -239,6 +239,11 @@ def run_stage(config: Config, out: Path) -> None:
     code = launch(config.launch, ["train", "--config", str(path)])
     if code != 0:
         raise WanmoeError(f"stage {config.train.stage} failed with exit code {code}; its output is above")
+    check_reached(config)
+
+
+def check_reached(config: Config) -> None:
+    """A stage that a signal stopped ends well, too; raises WanmoeError where its steps are not all done."""
     reached = max((int(line["step"]) for line in read_metrics(config.train.run)), default=0)
     if reached < (config.train.steps or 0):
         raise WanmoeError(f"stage {config.train.stage} was stopped at step {reached} of {config.train.steps}")

@@ -103,16 +103,15 @@ def export_lora(
 def gates_of(
     adapter_path: str | Path, *, instrument: str | None = None, mix: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """What each expert's change is multiplied by, by name, when `wanmoe generate` is asked for an instrument,
-    a mix or nothing, at the highest noise level that the file serves; who has 0 is left out.
+    """What each expert's change is multiplied by, by name, when `wanmoe generate` is asked for an instrument
+    or a mix, or its prompt names none, at the highest noise level that the file serves; who has 0 is left
+    out.
 
     Raises WanmoeError for an unknown instrument, or a file that is none.
     """
     info, tensors = read_adapter(adapter_path)
     experts = info.adapter.expert_set
-    routed = torch.zeros(len(experts))
-    if instrument or mix:
-        routed = RuleRouter(experts).route(hint=instrument, mix=mix)
+    routed = RuleRouter(experts).route(hint=instrument, mix=mix)
     learned = None
     if info.router.time_gate == "learned":
         learned = TimeGate(len(experts))

@@ -1,11 +1,13 @@
 """The table of recipes: a real run at the smallest sizes, and what the table makes of figures."""
 
 import json
+import shutil
 
 import pytest
 
 from wanmoe.launch import bench_recipes
-from wanmoe.launch.bench_recipes import BASE_LINE, MAIN, RECIPES, Sizes, run_recipes, table, write_result
+from wanmoe.launch.bench_recipes import Sizes, run_recipes, table, write_result
+from wanmoe.launch.recipes import BASE_LINE, MAIN, RECIPES
 from wanmoe.moe_lora import WanmoeError
 
 STAGED = "A, then B: base frozen, one expert a clip"
@@ -56,6 +58,8 @@ def test_a_second_call_takes_what_is_there(done, monkeypatch):
     monkeypatch.setattr(bench_recipes, "_run", lambda *_: pytest.fail("something was trained again"))
     again = run_recipes([STAGED], [0], out, SMALL, 1, [], lambda _: None)
     assert again["rows"][STAGED] == result["rows"][STAGED]
+    assert (result["rows_found"], again["rows_found"]) == (0, 1)
+    assert again["commits"] == result["commits"]
 
 
 def test_a_folder_of_other_sizes_or_other_things_is_refused(done, tmp_path):
@@ -69,6 +73,15 @@ def test_a_folder_of_other_sizes_or_other_things_is_refused(done, tmp_path):
 def test_an_unknown_recipe_is_named_with_those_there_are(tmp_path):
     with pytest.raises(WanmoeError, match="no recipe 'base adaptor'; there are: frozen base, "):
         run_recipes(["base adaptor"], [0], tmp_path, SMALL, 1, [], lambda _: None)
+
+
+def test_a_failure_is_told_before_what_still_runs_has_ended(done, tmp_path):
+    out, said = tmp_path / "out", []
+    shutil.copytree(done[0], out)
+    (out / "judge.safetensors").write_bytes(b"no classifier")
+    with pytest.raises(WanmoeError, match=r"judge\.safetensors"):
+        run_recipes(["frozen base"], [0], out, SMALL, 1, [], said.append)
+    assert "judge.safetensors" in said[-1] and said[-1].endswith("; ending what still runs")
 
 
 def test_a_training_that_fails_is_named_with_its_log(tmp_path, monkeypatch):

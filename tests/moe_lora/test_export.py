@@ -20,6 +20,7 @@ from wanmoe.moe_lora import (
 from wanmoe.moe_lora.export import export_lora, export_merged, gates_of, merge_lora, rewrite_lora
 from wanmoe.moe_lora.lora_file import read_lora
 from wanmoe.moe_lora.lora_merge import LoRASpec
+from wanmoe.moe_lora.routing import RuleRouter
 from wanmoe.moe_lora.wan.weights import dit_hash, save_dit
 
 DIM, FFN = 24, 40
@@ -202,3 +203,12 @@ def test_gates_of_an_export_are_those_of_generation(dit, tmp_path, time_gate, si
         found = gates_of(path, **asked)
         assert [found.get(name, 0.0) for name in names] == pytest.approx(truth, abs=1e-5)
         assert bool(found) == (bool(asked) or time_gate == "contrast")
+
+
+def test_an_export_without_an_instrument_asks_the_fallback_expert_as_a_prompt_without_one_does(dit, tmp_path):
+    adapter = attach(dit, AdapterConfig(blocks=2, ffn_blocks=1, fallback="Suction"), RouterConfig())
+    path = save_adapter(adapter, tmp_path / "a.safetensors", stage="b", step=1)
+    routed = RuleRouter(adapter.experts).route(prompt="a calm view")
+    truth = adapter.gates(routed[None], torch.ones(1), tokens=4).experts[0].tolist()
+    assert gates_of(path) == {"Suction": 1.0}
+    assert truth == [float(name == "Suction") for name in adapter.experts.names]
