@@ -170,7 +170,8 @@ def recipes(
     """Train an adapter by several recipes on drawn scenes and compare what they learned: one table."""
     import os
 
-    from .bench_recipes import MAIN, RECIPES, Sizes, run_recipes, table, write_result
+    from .bench_recipes import Sizes, run_recipes, table, write_result
+    from .recipes import MAIN, RECIPES
 
     names = list(RECIPES) if rows == "all" else [word.strip() for word in rows.split(";")] if rows else MAIN
     result = run_recipes(

@@ -52,6 +52,12 @@ def preflight(config: Config) -> None:
             # Stage a needs no labels, but the experts of its file must be those that the labels speak of.
             gates = LabelGates(experts.expert_set, config.router, needed=True)
             check_labels(dataset, gates, every=spec.routing in ("labels", "router"))
+        by_region = split == "val" and (config.train.early_stop or "").startswith("val/roi")
+        if by_region and not any(dataset.has_region(index) for index in range(len(dataset))):
+            raise WanmoeError(
+                f"train.early_stop = {config.train.early_stop!r}: no held-out clip of {config.data.shards} "
+                'has a region; set it to "val/loss"'
+            )
         if "router" not in spec.trains and config.data.caption_dropout and dataset.null_context is None:
             raise WanmoeError(
                 f"{config.data.shards}: prepared without the encoding of an empty caption; prepare the clips "

@@ -304,7 +304,7 @@ class Trainer:
         self.engine.train()
         lr = set_lr(self.engine, lr_factor(self.step, self.steps, config, self.spec))
         batches: Iterator[Batch] = (self.feed.take(self.step) for _ in range(config.train.accumulation))
-        if self.objective.learns:  # its router is asked for the whole step first
+        if self.objective.router_terms:  # the router is asked for the whole step first
             taken = list(batches)
             self.objective.open_window(taken, whole_router(self.adapter))
             batches = iter(taken)
@@ -399,8 +399,8 @@ class Trainer:
         dead = sorted(self.unseen_gradients)
         if self.step == deadline and dead and self.step >= 3:
             raise WanmoeError(
-                f"{len(dead)} of {len(self.trainable)} parameters of stage {self.config.train.stage} "
-                f"have had no gradient in {self.step + 1} steps, e.g. {dead[0]}"
+                f"{len(dead)} of {len(self.trainable)} parameters have had no gradient in {self.step + 1} "
+                f"steps, e.g. {dead[0]}; is objective.t_range within router.bands, has every expert clips?"
             )
         if self.step >= deadline:
             self.unseen_gradients.clear()

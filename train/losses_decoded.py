@@ -12,6 +12,7 @@ in pixels, h, w those of the latent. `roi`, `picture`, `flow` and `visible` are 
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -91,27 +92,41 @@ def _finer(grid: Tensor, mode: str) -> Tensor:
     return flat.view(*grid.shape[:-2], *flat.shape[-2:])
 
 
-def crop_to_region(latent: Tensor, roi: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The part [B, C, F, *size] of latents [B, C, F, h, w] that shows the region, to be decoded, and the
-    region [B, F, *size] in it; whole latent pixels.
+class Crop:
+    """The place of each clip, `size` cells of the latent grid, that shows its region [B, F, h, w].
 
-    Of all places in the picture it takes one that holds most of the region over the clip, and of these the
+    Of all places in the picture it is one that holds most of the region over the clip, and of these the
     middle one: a region that fits lies in the middle of its crop, and what `size` is larger than the region
     is its margin. A clip without a region gives its middle; a size that is larger than the picture is cut to
     it. The same box for all frames. No host sync.
     """
-    height, width = min(size[0], roi.shape[-2]), min(size[1], roi.shape[-1])
-    held = nnf.avg_pool2d(roi.detach().float().sum(1), (height, width), stride=1)  # [B, places, places]
-    most = held >= held.amax((1, 2), keepdim=True) * (1 - 1e-4)  # equal but for rounding
-    top = torch.arange(held.shape[1], device=held.device)[:, None].expand_as(held)
-    left = torch.arange(held.shape[2], device=held.device).expand_as(held)
-    away = sum((at - masked_mean(at, most)[:, None, None]) ** 2 for at in (top, left))
-    place = torch.where(most, away, torch.inf).flatten(1).argmin(1)
-    rows = top.flatten(1).gather(1, place[:, None]) + torch.arange(height, device=held.device)
-    cols = left.flatten(1).gather(1, place[:, None]) + torch.arange(width, device=held.device)
-    clip = torch.arange(len(latent), device=latent.device)[:, None, None]
-    at = clip, slice(None), slice(None), rows[:, :, None], cols[:, None, :]
-    return latent[at].permute(0, 3, 4, 1, 2), roi[:, None][at].permute(0, 3, 4, 1, 2)[:, 0]
+
+    def __init__(self, roi: Tensor, size: tuple[int, int]) -> None:
+        height, width = min(size[0], roi.shape[-2]), min(size[1], roi.shape[-1])
+        held = nnf.avg_pool2d(roi.detach().float().sum(1), (height, width), stride=1)  # [B, places, places]
+        most = held >= held.amax((1, 2), keepdim=True) * (1 - 1e-4)  # equal but for rounding
+        top = torch.arange(held.shape[1], device=held.device)[:, None].expand_as(held)
+        left = torch.arange(held.shape[2], device=held.device).expand_as(held)
+        away = sum((at - masked_mean(at, most)[:, None, None]) ** 2 for at in (top, left))
+        place = torch.where(most, away, torch.inf).flatten(1).argmin(1)
+        self._rows = top.flatten(1).gather(1, place[:, None]) + torch.arange(height, device=held.device)
+        self._cols = left.flatten(1).gather(1, place[:, None]) + torch.arange(width, device=held.device)
+
+    def __call__(self, grid: Tensor) -> Tensor:
+        """The part [B, ..., *size] of a latent, or of what lies on its grid [B, ..., h, w]."""
+        flat = grid.reshape(len(grid), math.prod(grid.shape[1:-2]), *grid.shape[-2:])
+        clip = torch.arange(len(grid), device=grid.device)[:, None, None]
+        part = flat[clip, :, self._rows[:, :, None], self._cols[:, None, :]].permute(0, 3, 1, 2)
+        return part.reshape(*grid.shape[:-2], *part.shape[-2:])
+
+    def still_inside(self, flow: Tensor) -> Tensor:
+        """[B, F - 1, *size]: 1 where the flow [B, F - 1, 2, h, w] comes from within the crop, otherwise 0."""
+        inside = torch.ones_like(self(flow[:, :, 0]))
+        for axis, places in enumerate((self._cols[:, None, None, :], self._rows[:, None, :, None])):
+            came_from = places + self(flow[:, :, axis])
+            first, last = (places.flatten(1).amin(1) - 0.5, places.flatten(1).amax(1) + 0.5)  # outer edges
+            inside = inside * (came_from >= first.view(-1, 1, 1, 1)) * (came_from <= last.view(-1, 1, 1, 1))
+        return inside
 
 
 class Lpips(nn.Module):

@@ -58,7 +58,7 @@ def router_config(config: TrainerConfig) -> RouterConfig:
     the config nor the file of stage a says how loud they are at a noise level."""
     asked, plain = config.router, RouterConfig()
     own = STAGES[stage_name(config)].time_gate
-    said = "time_gate" in asked.model_fields_set
+    said = not asked.model_fields_set.isdisjoint(_LOUDNESS)
     known = [asked]
     if config.model.adapter is not None:
         info = read_adapter_info(config.model.adapter)

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 # Text-only prompts that teach a router in one step, over all ranks and forwards.
 PROMPTS = 256
+# Cells of the latent around the region, 192 pixels, that are decoded for the temporal loss: with a graph,
+# whole frames of a video would not fit on any card.
+DECODED = (24, 24)
 
 
 class Inputs(NamedTuple):
@@ -114,6 +117,7 @@ class Objective:
         _check_parts(shards, self.weights)
         self.router_config = None if adapter is None else adapter.router_config
         self.learns = "router" in spec.trains
+        self.router_terms = [name for name in ROUTER_TERMS if name in self.weights]
         self.classifier = self._load_classifier(shards)
         self.codec = self._load_codec(shards)
         self.lpips = self._load_lpips(shards)
@@ -174,14 +178,15 @@ class Objective:
     def __call__(
         self, batch: Batch, step: int, dtype: torch.dtype, predict: Callable[[Inputs], Routed]
     ) -> Loss:
-        """The loss of one forward; `open_window` has seen the whole step before, where a router learns."""
+        """The loss of one forward; `open_window` has seen the whole step before, where a term is the
+        router's."""
         prompts, taught = self._draw_prompts(batch.positions)
         inputs, target, latent = self.inputs(batch, step, dtype, prompts)
         routed = predict(inputs)
         rule = batch.rule.to(self.device, non_blocking=True)
         per_clip = self._clip_terms(batch, inputs, routed.v, target, latent, rule)
         terms: dict[Term, Tensor] = {name: values.mean() for name, values in per_clip.items()}
-        if self.learns:
+        if self.router_terms:
             terms |= self._router_terms(routed, rule)
         extra: dict[str, Tensor] = {}
         if routed.prompt_probs is not None and taught is not None:
@@ -212,12 +217,13 @@ class Objective:
         roi, picture = self._to(batch.roi), self._to(batch.picture)
         flow, visible = (self._to(value) if temporal else None for value in (batch.flow, batch.visible))
         values: dict[Term, Tensor] = {}
-        error = losses.squared_error(v, target)
-        if "diffusion" in self.weights:
-            values["diffusion"] = losses.flow_matching_loss(error, picture)
-        if "roi" in self.weights:
-            assert roi is not None
-            values["roi"] = losses.roi_loss(error, roi, picture)
+        if "diffusion" in self.weights or "roi" in self.weights:
+            error = losses.squared_error(v, target)
+            if "diffusion" in self.weights:
+                values["diffusion"] = losses.flow_matching_loss(error, picture)
+            if "roi" in self.weights:
+                assert roi is not None
+                values["roi"] = losses.roi_loss(error, roi, picture)
         if "identity" not in self.weights and "temporal" not in self.weights:
             return values
         x0 = losses.predicted_x0(inputs.x_t, v.float(), inputs.t)
@@ -229,21 +235,43 @@ class Objective:
             elif self.codec is None or self.config.temporal_on == "latent":
                 values["temporal"] = losses.temporal_loss(x0, latent, flow, visible, roi, picture)
             else:
-                values["temporal"] = losses_decoded.decoded_temporal_loss(
-                    self.codec.decode(x0), self.codec.decode(latent), flow, visible, roi, picture, self.lpips
-                )
+                values["temporal"] = self._decoded_temporal(x0, latent, flow, visible, roi, picture)
         return values
+
+    def _decoded_temporal(
+        self,
+        x0: Tensor,
+        latent: Tensor,
+        flow: Tensor,
+        visible: Tensor,
+        roi: Tensor | None,
+        picture: Tensor | None,
+    ) -> Tensor:
+        assert self.codec is not None
+        everywhere = latent.new_ones(len(latent), *latent.shape[2:])
+        crop = losses_decoded.Crop(everywhere if roi is None else roi, DECODED)
+        with torch.no_grad():
+            truth = self.codec.decode(crop(latent))
+        return losses_decoded.decoded_temporal_loss(
+            self.codec.decode(crop(x0)),
+            truth,
+            crop(flow),
+            crop(visible) * crop.still_inside(flow),
+            None if roi is None else crop(roi),
+            None if picture is None else crop(picture),
+            self.lpips,
+        )
 
     def _logits(self, x0: Tensor, roi: Tensor | None) -> Tensor:
         assert self.classifier is not None
         if self.classifier.space == "latent":
             return self.classifier(x0, roi)
         assert self.codec is not None
-        crop, region = x0, roi
-        if roi is not None:
-            crop, region = losses_decoded.crop_to_region(x0, roi, self.classifier.crop)
         # Clamped, as the pictures were that it was trained on.
-        return self.classifier(self.codec.decode(crop).clamp(-1, 1), region)
+        if roi is None:
+            return self.classifier(self.codec.decode(x0).clamp(-1, 1))
+        crop = losses_decoded.Crop(roi, self.classifier.crop)
+        return self.classifier(self.codec.decode(crop(x0)).clamp(-1, 1), crop(roi))
 
     # -------------------------------------------------------------------------------------------- the router
 
@@ -254,7 +282,7 @@ class Objective:
         within a step, so a whole copy of it (`engine.whole_router`) is asked for all clips before the first
         forward, and each forward then adds its share of the exact gradient.
         """
-        if not self.learns:
+        if not self.router_terms:
             return
         assert router is not None
         with torch.no_grad():
@@ -275,8 +303,8 @@ class Objective:
         assert self.window is not None
         share = 1 / (self.accumulation * dist.get_world_size())
         target = self.config.entropy_target * math.log(rule.shape[1])
-        found = routing_terms(routed.probs, rule, self.window, share, target)
-        return {name: found[name] for name in ROUTER_TERMS if name in self.weights}
+        found = routing_terms(self.router_terms, routed.probs, rule, self.window, share, target)
+        return {name: found[name] for name in self.router_terms}
 
     def _draw_prompts(self, positions: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
         """The text-only prompts [K, D] of a forward and what they should give [K, E].

@@ -12,6 +12,7 @@ top-k); `teacher` [B, E] the gates of the rules, a row of zeros where they have 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -73,9 +74,15 @@ def teacher_divergence(probs: Tensor, teacher: Tensor) -> Tensor:
 
 
 def routing_terms(
-    probs: Tensor, teacher: Tensor, window: Window, share: float, target_entropy: float
+    wanted: Collection[str],
+    probs: Tensor,
+    teacher: Tensor,
+    window: Window,
+    share: float,
+    target_entropy: float,
 ) -> dict[str, Tensor]:
-    """One micro-batch's part of the router's losses: scalars `teacher_kl`, `entropy` and `balance`.
+    """One micro-batch's part of the router's losses: of the scalars `teacher_kl`, `entropy` and `balance`
+    those that are wanted.
 
     Added up over all micro-batches of the window, each times `share`, they have value and gradient of the
     losses of the joined batch, also where micro-batches differ in size. `entropy` and `balance` have the
@@ -88,14 +95,17 @@ def routing_terms(
         target_entropy: in nats.
     """
     # A mean over the window moves with a clip of it by 1 / clips; the engine's share is undone.
-    load = _moving(window.load, at_least_fp32(probs).sum(0) / (window.clips * share))
-    mean_entropy = _moving(window.entropy, entropy(probs).sum() / (window.clips * share))
-    taught = window.taught.clamp_min(1)
-    return {
-        "teacher_kl": teacher_divergence(probs, teacher).sum() / (taught * share),
-        "entropy": entropy_term(mean_entropy, target_entropy),
-        "balance": load_balance(load),
-    }
+    terms: dict[str, Tensor] = {}
+    if "entropy" in wanted:
+        mean = _moving(window.entropy, entropy(probs).sum() / (window.clips * share))
+        terms["entropy"] = entropy_term(mean, target_entropy)
+    if "balance" in wanted:
+        load = _moving(window.load, at_least_fp32(probs).sum(0) / (window.clips * share))
+        terms["balance"] = load_balance(load)
+    if "teacher_kl" in wanted:
+        taught = window.taught.clamp_min(1)
+        terms["teacher_kl"] = teacher_divergence(probs, teacher).sum() / (taught * share)
+    return terms
 
 
 def _moving(value: Tensor, own: Tensor) -> Tensor:

@@ -16,9 +16,12 @@ from ..moe_lora import WanmoeError
 from .config import TrainConfig
 from .meter import collapse
 from .plots import draw_gate_matrix
-from .stages import StageSpec
+from .stages import TERMS, StageSpec
 from .tracking import Tracker
 from .validate import HeldOut
+
+SHOWN = (*TERMS, "teacher_kl_prompts")
+"""Terms of the loss, as they stand in a line of the terminal."""
 
 
 class Watch:
@@ -50,6 +53,8 @@ class Watch:
         """Figures of one step, and a word where the experts collapse."""
         if self.tracker is not None:
             self.tracker.log(step, {key: value for key, value in values.items() if math.isfinite(value)})
+        if "train/loss" in values:
+            self.say(f"step {step}: {_train_line(values, self.experts)}")
         if self.spec.routing not in ("labels", "router") or "load/entropy" not in values:
             return
         alarm = collapse(dict(values), self.experts, self.spec.routing == "router")
@@ -61,7 +66,7 @@ class Watch:
         """Logs a validation; returns whether it is the best so far (where early stopping asks)."""
         values = self._figures(held_out, levels)
         self.log(step, values)
-        self.say(f"step {step}: {_line(values)}")
+        self.say(f"step {step}: {_held_out_line(values, self.experts)}")
         if self.spec.routing in ("labels", "router"):
             self._draw(step, held_out)
         return self._is_best(step, values)
@@ -129,9 +134,21 @@ class Watch:
         return False
 
 
-def _line(values: Mapping[str, float]) -> str:
+def _train_line(values: Mapping[str, float], experts: Sequence[str]) -> str:
+    terms = [f"{name} {values[f'train/{name}']:.3g}" for name in SHOWN if f"train/{name}" in values]
+    text = f"loss {values['train/loss']:.4g}" + (f" ({', '.join(terms)})" if terms else "")
+    if "load/entropy" in values:
+        shares = ", ".join(f"{name} {values[f'load/{name}']:.0%}" for name in experts)
+        text += f"; load {shares}, entropy {values['load/entropy']:.2f}"
+        text += f"; of a clip's gates {values['gates/entropy']:.2f}"
+    return text
+
+
+def _held_out_line(values: Mapping[str, float], experts: Sequence[str]) -> str:
     text = f"held-out loss {values.get('val/loss', math.nan):.4f}"
-    return text + (f", in the region {values['val/roi']:.4f}" if "val/roi" in values else "")
+    text += f", in the region {values['val/roi']:.4f}" if "val/roi" in values else ""
+    each = [f"{name} {values[f'val/loss/{name}']:.4f}" for name in experts if f"val/loss/{name}" in values]
+    return text + (f" ({', '.join(each)})" if each else "")
 
 
 def main_experts(weights: Sequence[Tensor]) -> list[int]:

@@ -4,8 +4,9 @@ import json
 import shutil
 
 import pytest
+from typer.testing import CliRunner
 
-from wanmoe.launch import bench_recipes
+from wanmoe.launch import bench, bench_recipes
 from wanmoe.launch.bench_recipes import Sizes, run_recipes, table, write_result
 from wanmoe.launch.recipes import BASE_LINE, MAIN, RECIPES
 from wanmoe.moe_lora import WanmoeError
@@ -109,3 +110,9 @@ def test_the_main_rows_are_those_that_are_asked_for():
     assert set(MAIN) <= set(RECIPES) and BASE_LINE in MAIN and MAIN[0] == "frozen base"
     for recipe in RECIPES.values():
         assert not recipe.stages or sum(stage.share for stage in recipe.stages) == pytest.approx(1.0)
+
+
+def test_the_command_takes_names_with_semicolons(tmp_path):
+    words = ["recipes", "--rows", "frozen base; base adaptor", "--out", str(tmp_path / "out")]
+    error = CliRunner().invoke(bench.app, words).exception
+    assert isinstance(error, WanmoeError) and "no recipe 'base adaptor'" in str(error)

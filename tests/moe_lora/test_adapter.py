@@ -375,6 +375,41 @@ def test_experts_of_another_rank_cannot_start_from_the_base(dit):
     assert all(torch.equal(value, before[name]) for name, value in adapter.parameters().items())
 
 
+def test_the_overlap_of_experts_and_base_is_the_share_of_their_products(dit):
+    adapter = attach(dit, AdapterConfig(blocks=2, ffn_blocks=1))
+    downs = [(linear.base_down, linear.expert_down) for linear in adapter.modules.values() if linear.experts]
+
+    def truth(*flat):
+        """The definition, row by row, of (base, experts) of each linear."""
+        shares = []
+        for base, experts in zip(flat[::2], flat[1::2], strict=True):
+            rows = experts.flatten(0, 1)
+            products = sum((row @ other) ** 2 for row in rows for other in base)
+            shares.append(products / ((base**2).sum() * (rows**2).sum()))
+        return sum(shares) / len(shares)
+
+    double = [weight.detach().double().requires_grad_() for pair in downs for weight in pair]
+    expected = truth(*double)
+    found = adapter.overlap()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5) and 0 < found.item() < 1
+    found.backward()
+    expected.backward()
+    single = [weight.grad for pair in downs for weight in pair]
+    for one, other in zip(single, (weight.grad for weight in double), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-8)
+    # And that gradient is the slope.
+    base, experts = double[0].detach(), double[1].detach()
+    step, way = 1e-6, torch.randn(experts.shape, generator=torch.Generator().manual_seed(1)).double()
+    slope = (truth(base, experts + step * way) - truth(base, experts - step * way)) / (2 * step)
+    assert float((double[1].grad * way).sum()) * len(downs) == pytest.approx(float(slope), rel=1e-6)
+    # Rows across the base's space overlap nothing.
+    with torch.no_grad():
+        for base, experts in downs:
+            space = torch.linalg.qr(base.T.float()).Q
+            experts -= (experts @ space) @ space.T
+    assert adapter.overlap().item() < 1e-10
+
+
 def test_a_floor_keeps_every_expert_on_and_the_band_still_holds(dit):
     adapter = attach(dit, SMALL, RouterConfig(floor=0.25))
     hint = torch.tensor([[0.0, 1.0, 0.0, 0.0]])

@@ -27,11 +27,18 @@ STAND_IN = {"name": "test", "fingerprint": "0" * 64, "stand_in": True}
 CONFIG = WanConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=3, text_dim=16, text_len=8, freq_dim=16)
 
 
-def write_shards(root: Path, labelled: bool = True, count: int = 12, marks: bool = True) -> Path:
+def write_shards(
+    root: Path,
+    labelled: bool = True,
+    count: int = 12,
+    marks: bool = True,
+    codec: dict | None = None,
+    image: bool = False,
+) -> Path:
     """Clips whose latent has a pattern of their instrument, so that there is something to learn."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randn(4, 16, 2, 4, 4, generator=generator)
-    with ShardWriter(root, STAND_IN, STAND_IN, null_context=torch.ones(1, 16)) as writer:
+    with ShardWriter(root, codec or STAND_IN, STAND_IN, null_context=torch.ones(1, 16)) as writer:
         prompts = [RouterPrompt(f"prompt {n}", {NAMES[n % 4]: 1.0}) for n in range(8)]
         if labelled:
             pooled = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
@@ -50,9 +57,10 @@ def write_shards(root: Path, labelled: bool = True, count: int = 12, marks: bool
                 "flow": 0.5 * torch.randn(1, 2, 4, 4, generator=generator).half(),
                 "visible": torch.full((1, 4, 4), 255, dtype=torch.uint8),
             }
-            writer.add(
-                f"{split}_{index:03d}_abcdef01", split, latent, context, meta, **(parts if marks else {})
-            )
+            more = parts if marks else {}
+            if image:
+                more = more | {"image_latent": torch.randn(20, 2, 4, 4, generator=generator)}
+            writer.add(f"{split}_{index:03d}_abcdef01", split, latent, context, meta, **more)
     return root
 
 
@@ -128,12 +136,13 @@ def make_shards():
 
 @pytest.fixture(scope="session")
 def random_classifier(shards):
-    """`random_classifier(path, experts)` writes a classifier of these shards, of random weights: for tests in
-    which it is only asked."""
+    """`random_classifier(path, experts, space)` writes a classifier of these shards, of random weights: for
+    tests in which it is only asked."""
 
-    def write(path: Path, experts=SURGICAL) -> Path:
+    def write(path: Path, experts=SURGICAL, space: str = "latent") -> Path:
         torch.manual_seed(0)
         info = JudgeInfo(
+            space=space,
             experts=experts,
             sizes=("2x4x4",),
             codec=ShardDataset(shards, "train").manifest["codec"],

@@ -9,6 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from wanmoe.launch.config import parse_config
+from wanmoe.launch.preflight import preflight
+from wanmoe.moe_lora import WanmoeError
 from wanmoe.moe_lora.adapter_file import read_adapter
 from wanmoe.moe_lora.instruments import SURGICAL
 from wanmoe.train import meter
@@ -119,6 +122,15 @@ def test_the_joint_stage_runs_in_bf16_with_recomputation(launcher, base, shards,
     assert len(lines) == 6 and all(math.isfinite(line[f"train/{term}"]) for line in lines for term in TERMS)
     tensors = read_adapter(tmp_path / "run" / "adapter.safetensors")[1]
     assert not torch.equal(tensors["router.time_center"], torch.full((4,), 0.35))
+
+
+def test_an_early_stop_by_a_region_that_no_clip_has_is_refused_before_the_start(
+    config, make_shards, tmp_path
+):
+    config["data"]["shards"] = str(make_shards(tmp_path / "bare", marks=False))
+    config["train"] |= {"val_every": 2, "early_stop": "val/roi"}
+    with pytest.raises(WanmoeError, match=r'no held-out clip of .*bare has a region; set it to "val/loss"'):
+        preflight(parse_config(config, "test"))
 
 
 def test_an_early_stop_ends_the_run_keeps_the_best_and_stays_ended(launcher, config, tmp_path):

@@ -14,7 +14,7 @@ from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.moe_lora.wan.codec import HaarCodec
 from wanmoe.train import losses_decoded
 from wanmoe.train.losses import identity_loss, predicted_x0
-from wanmoe.train.losses_decoded import Lpips, crop_to_region, decoded_temporal_loss, load_lpips
+from wanmoe.train.losses_decoded import Crop, Lpips, decoded_temporal_loss, load_lpips
 
 B, F, h, w = 2, 3, 2, 3
 N, H, W = 4 * (F - 1) + 1, 8 * h, 8 * w
@@ -293,7 +293,8 @@ def test_the_crop_holds_the_region_in_its_middle():
     roi = torch.zeros(2, 2, 9, 13)
     roi[0, 0, 3, 5], roi[0, 1, 5, 7] = 1, 0.5  # rows 3..5, columns 5..7, over both frames
     roi[1, :, 0:2, 12] = 1  # in a corner: clamped
-    crop, inside = crop_to_region(latent, roi, (5, 5))
+    cut = Crop(roi, (5, 5))
+    crop, inside = cut(latent), cut(roi)
     assert crop.shape == (2, 1, 2, 5, 5)
     assert crop[0, 0, :, 0, 0].tolist() == [2 * 13 + 4] * 2
     assert crop[1, 0, :, 0, 0].tolist() == [8] * 2
@@ -304,7 +305,7 @@ def test_the_crop_holds_the_region_in_its_middle():
 
 def test_the_crop_holds_the_most_that_any_place_would():
     roi = (random(5, 2, 9, 13) > 0.9).double() * random(5, 2, 9, 13, seed=1)
-    held = crop_to_region(roi[:, None], roi, (4, 6))[1].sum((1, 2, 3))
+    held = Crop(roi, (4, 6))(roi).sum((1, 2, 3))
     for clip in range(5):
         places = [
             float(roi[clip, :, top : top + 4, left : left + 6].sum())
@@ -317,8 +318,19 @@ def test_the_crop_holds_the_most_that_any_place_would():
 def test_the_crop_of_no_region_is_the_middle_and_never_beyond_the_picture():
     latent = torch.arange(9 * 13.0).view(1, 1, 1, 9, 13)
     empty = torch.zeros(1, 1, 9, 13)
-    assert float(crop_to_region(latent, empty, (5, 5))[0][..., 0, 0]) == 2 * 13 + 4
-    assert torch.equal(crop_to_region(latent, empty, (99, 99))[0], latent)
+    assert float(Crop(empty, (5, 5))(latent)[..., 0, 0]) == 2 * 13 + 4
+    assert torch.equal(Crop(empty, (99, 99))(latent), latent)
+
+
+def test_what_comes_from_outside_the_crop_is_told():
+    roi = torch.zeros(1, 2, 6, 8)
+    roi[0, :, 2:4, 3:6] = 1
+    flow = torch.zeros(1, 1, 2, 6, 8)
+    flow[0, 0, 0, 2, 3], flow[0, 0, 1, 3, 5], flow[0, 0, 0, 2, 5] = -0.75, 1.0, -2.25  # left, below, inside
+    crop = Crop(roi, (2, 3))
+    assert crop.still_inside(flow)[0, 0].tolist() == [[0, 1, 1], [1, 1, 0]]
+    assert crop(flow)[0, 0, 0].tolist() == [[-0.75, 0, -2.25], [0, 0, 0]]
+    assert crop(flow[:, :0]).shape == (1, 0, 2, 2, 3)
 
 
 def test_the_identity_loss_of_a_decoded_crop_reaches_v():
@@ -332,7 +344,7 @@ def test_the_identity_loss_of_a_decoded_crop_reaches_v():
     classes = torch.eye(4).double()[:2]
 
     def loss(v: torch.Tensor) -> torch.Tensor:
-        crop, _ = crop_to_region(predicted_x0(x_t, v, t), roi, (1, 2))
+        crop = Crop(roi, (1, 2))(predicted_x0(x_t, v, t))
         return identity_loss(classifier(codec.decode(crop).flatten(1)), classes, t)
 
     assert torch.autograd.gradcheck(loss, (v,))

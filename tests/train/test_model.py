@@ -129,6 +129,7 @@ def test_a_router_that_nobody_trains_is_refused(config, saved, stage, router, wo
         ({"train_router": True}, {"mode": "learned", "contrast": [[0.5, 0.1]]}, {}, "contrast"),
         ({"freeze_base": True}, {}, {}, "bands"),
         ({}, {"bands": [[0.0, 1.0]]}, {}, "bands"),
+        ({}, {"bands": [[0.0, 0.0], [0.2, 0.5], [0.6, 1.0]]}, {}, "bands"),  # the default, but said
         ({}, {"floor": 0.5}, {}, "bands"),
         ({}, {"time_gate": "learned"}, {}, "learned"),
         ({}, {}, {"floor": 0.5}, "bands"),

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from wanmoe.launch.config import parse_config
-from wanmoe.moe_lora import AdapterConfig, RouterConfig, WanmoeError, attach
+from wanmoe.moe_lora import AdapterConfig, RouterConfig, WanmoeError, attach, load_vae
 from wanmoe.moe_lora.instruments import SURGICAL
 from wanmoe.moe_lora.wan.weights import load_dit
-from wanmoe.train import losses
+from wanmoe.train import losses, routing_losses
 from wanmoe.train import objective as objective_module
 from wanmoe.train.data.batch import LabelGates, collate
 from wanmoe.train.data.shards import ShardDataset
 from wanmoe.train.engine import RoutedDiT, whole_router
+from wanmoe.train.losses_decoded import Crop, decoded_temporal_loss
 from wanmoe.train.objective import Objective
 from wanmoe.train.stages import STAGES, TERMS, loss_weights, stage_name
 
@@ -90,10 +91,12 @@ def test_removing_a_term_changes_its_own_alone_and_it_is_not_computed(make, monk
         "temporal": (losses, "temporal_loss"),
         "diffusion": (losses, "flow_matching_loss"),
         "orthogonality": (type(model.adapter), "overlap"),
+        "entropy": (routing_losses, "entropy_term"),
+        "balance": (routing_losses, "load_balance"),
+        "teacher_kl": (routing_losses, "teacher_divergence"),
     }
-    if gone in called:
-        owner, name = called[gone]
-        monkeypatch.setattr(owner, name, lambda *_: pytest.fail(f"{gone} has weight 0 and was computed"))
+    owner, name = called[gone]
+    monkeypatch.setattr(owner, name, lambda *_: pytest.fail(f"{gone} has weight 0 and was computed"))
     part = run(own, model, batch)
     removed = {gone, "teacher_kl_prompts"} if gone == "teacher_kl" else {gone}
     assert set(part.terms) == set(whole.terms) - removed
@@ -101,6 +104,17 @@ def test_removing_a_term_changes_its_own_alone_and_it_is_not_computed(make, monk
         assert torch.equal(value, whole.terms[name]), name
     expected = whole.total.item() - EVERY[gone] * sum(float(whole.terms[name]) for name in removed)
     assert part.total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_router_without_terms_of_its_own_is_not_asked_for_the_whole_step(make):
+    own, model, batch = make("b+router", entropy=0, balance=0, teacher_kl=0)
+    own.open_window([batch], None)
+    assert own.window is None and set(run(own, model, batch).terms) == {
+        "diffusion",
+        "roi",
+        "identity",
+        "temporal",
+    }
 
 
 def test_no_classifier_is_asked_for_without_identity(make, monkeypatch):
@@ -177,6 +191,66 @@ def test_noise_and_t_of_a_clip_depend_on_its_position_alone(make):
     low, high = 0.3, 0.9
     places = sorted(int((float(t) - low) / (high - low) * 3) for t in whole.t)
     assert places == [0, 1, 2]  # the shares of a uniform t over a global batch of three
+
+
+@pytest.fixture(scope="module")
+def haar_shards(make_shards, tmp_path_factory):
+    """Shards that say that their latents are of the stand-in codec, which can decode them."""
+    codec = {"name": "haar", "fingerprint": load_vae("haar").fingerprint, "stand_in": True}
+    return make_shards(tmp_path_factory.mktemp("haar") / "clips", codec=codec)
+
+
+@pytest.mark.parametrize("cells", [24, 3])
+def test_terms_on_pictures_are_those_of_the_decoded_crop(
+    make, haar_shards, random_classifier, tmp_path, monkeypatch, cells
+):
+    monkeypatch.setattr(objective_module, "DECODED", (cells, cells))
+    judge = random_classifier(tmp_path / "pixels.safetensors", space="pixels")
+    weights = dict.fromkeys(TERMS, 0.0) | {"identity": 1.0, "temporal": 1.0}
+    where = {"classifier": str(judge), "temporal_on": "pixels", "vae": "haar"}
+    own, model, batch = make("b", source=haar_shards, **weights, **where)
+    loss = run(own, model, batch)
+    inputs, _, latent = own.inputs(batch, 0, torch.float32)
+    decode = load_vae("haar").decode
+    x0 = losses.predicted_x0(inputs.x_t, model(*inputs).v, inputs.t)
+    roi, flow, visible = batch.roi.float(), batch.flow.float(), batch.visible.float()
+    seen = own.classifier(decode(x0).clamp(-1, 1), roi)
+    expected = losses.identity_loss(seen, batch.rule, inputs.t)
+    torch.testing.assert_close(loss.per_clip["identity"], expected.detach(), rtol=1e-5, atol=1e-6)
+    cut = Crop(roi, (cells, cells))
+    parts = [cut(part) for part in (flow, visible, roi)]
+    parts[1] = parts[1] * cut.still_inside(flow)
+    expected = decoded_temporal_loss(decode(cut(x0)), decode(cut(latent)), *parts, None)
+    assert cut(x0).shape[-1] == min(cells, 4) and float(expected.detach().max()) > 0
+    torch.testing.assert_close(loss.per_clip["temporal"], expected.detach(), rtol=1e-5, atol=1e-6)
+    for term in ("identity", "temporal"):
+        weights = dict.fromkeys(TERMS, 0.0) | {term: 1.0}
+        own, model, batch = make("b", source=haar_shards, **weights, **where)
+        trained = model.adapter.train_only(("experts",))
+        run(own, model, batch).total.backward()
+        assert [name for name, p in trained.items() if p.grad is None or not p.grad.any()] == []
+
+
+def test_a_codec_of_other_shards_is_refused(make, random_classifier, tmp_path):
+    judge = random_classifier(tmp_path / "pixels.safetensors", space="pixels")
+    with pytest.raises(WanmoeError, match=r"objective\.vae = haar: another codec than that of"):
+        make("b", classifier=str(judge), identity=0.5, vae="haar")
+    with pytest.raises(WanmoeError, match=r"judges pixels, so a codec is needed: set objective\.vae"):
+        make("b", classifier=str(judge), identity=0.5)
+
+
+def test_a_router_that_reads_the_first_frame_is_given_what_the_classifier_says_of_it(
+    make, make_shards, tmp_path
+):
+    source = make_shards(tmp_path / "i2v", image=True)
+    own, model, batch = make("b+router", source=source, router={"first_frame_classes": 4}, identity=0)
+    inputs, _, latent = own.inputs(batch, 0, torch.float32)
+    assert torch.equal(inputs.evidence, own.classifier(latent[:, :, :1], None))
+    own.open_window([batch], whole_router(model.adapter))
+    probs = model.adapter.router(batch.pooled, evidence=inputs.evidence)
+    torch.testing.assert_close(own.window.load, probs.mean(0))
+    with pytest.raises(WanmoeError, match=r"is for text-to-video: set it to 0"):
+        make("b+router", router={"first_frame_classes": 4})
 
 
 def test_what_a_term_lacks_is_named_with_a_sample_and_the_way_out(make, make_shards, tmp_path):

@@ -70,7 +70,7 @@ def test_micro_batches_of_ranks_add_up_to_the_joined_batch(sizes, name):
     by_rank = [sum(sums[rank::RANKS]) for rank in range(RANKS)]
     window = window_of(sum(by_rank))
     share = 1 / (RANKS * MICROS)
-    terms = [routing_terms(*part, window, share, TARGET)[name] for part in parts]
+    terms = [routing_terms([name], *part, window, share, TARGET)[name] for part in parts]
     (share * sum(terms)).backward()
     torch.testing.assert_close(share * sum(terms), whole, **EXACT)
     torch.testing.assert_close(logits.grad, alone.grad, **EXACT)
@@ -85,7 +85,7 @@ def test_a_batch_by_itself_is_not_the_window():
     probs = torch.eye(E, dtype=torch.float64)
     teacher = torch.zeros(E, E)
     window = window_of(window_sums(probs, teacher))
-    assert float(routing_terms(probs[:1], teacher[:1], window, 1 / E, TARGET)["balance"]) == 0
+    assert float(routing_terms(["balance"], probs[:1], teacher[:1], window, 1 / E, TARGET)["balance"]) == 0
     assert float(load_balance(probs[0])) == E - 1
 
 
@@ -128,7 +128,8 @@ def test_a_collapsed_router_still_learns_from_its_teacher():
     logits = torch.tensor([[46.0, 0, 0, 0], [300.0, 0, 0, 0]], requires_grad=True)
     teacher = torch.tensor([[0, 1.0, 0, 0], [0, 1.0, 0, 0]])
     probs = logits.softmax(-1)
-    terms = routing_terms(probs, teacher, window_of(window_sums(probs, teacher).detach()), 1.0, TARGET)
+    window = window_of(window_sums(probs, teacher).detach())
+    terms = routing_terms(WEIGHTS, probs, teacher, window, 1.0, TARGET)
     total(terms).backward()
     assert torch.isfinite(logits.grad).all()
     assert logits.grad[0, 1] < -0.4
@@ -139,7 +140,9 @@ def test_a_window_without_teacher_costs_nothing():
     teacher[:] = 0
     logits.requires_grad_()
     probs = logits.softmax(-1)
-    terms = routing_terms(probs, teacher, window_of(window_sums(probs, teacher).detach()), 1.0, TARGET)
+    window = window_of(window_sums(probs, teacher).detach())
+    terms = routing_terms(["teacher_kl"], probs, teacher, window, 1.0, TARGET)
+    assert list(terms) == ["teacher_kl"]
     terms["teacher_kl"].backward()
     assert terms["teacher_kl"].item() == 0 and not logits.grad.any()
 
@@ -161,7 +164,8 @@ def test_finite_differences(name):
     logits.requires_grad_()
     assert torch.autograd.gradcheck(loss, (logits,))
     probs = logits.softmax(-1)
-    term = routing_terms(probs, teacher, window_of(window_sums(probs, teacher).detach()), 1.0, TARGET)[name]
+    window = window_of(window_sums(probs, teacher).detach())
+    term = routing_terms([name], probs, teacher, window, 1.0, TARGET)[name]
     (found,) = torch.autograd.grad(term, logits)
     (expected,) = torch.autograd.grad(loss(logits), logits)
     torch.testing.assert_close(found, expected, **EXACT)
@@ -188,7 +192,8 @@ with torch.no_grad():
     window = window_of(sums)
 loss = 0.0
 for x, rule in batches():  # divided by the forwards, averaged over the ranks: what DeepSpeed does
-    terms = routing_terms((x @ router).softmax(-1), rule, window, 1 / (micros * world), target)
+    probs, share = (x @ router).softmax(-1), 1 / (micros * world)
+    terms = routing_terms(["teacher_kl", "entropy", "balance"], probs, rule, window, share, target)
     part = (terms["teacher_kl"] + 0.3 * terms["entropy"] + 0.7 * terms["balance"]) / micros
     part.backward()
     loss += part.detach()

@@ -42,6 +42,22 @@ def test_a_validation_by_level_and_instrument(tmp_path):
     assert (tmp_path / "plots" / "gates-000004.png").stat().st_size > 5000
 
 
+def test_the_terminal_tells_terms_load_and_held_out_loss_by_instrument(tmp_path):
+    said = []
+    own = watch(tmp_path, said)
+    figures = {"train/loss": 2.0, "train/diffusion": 0.5, "train/roi": 0.25, "train/diffusion/high": 9.0}
+    own.log(3, figures)
+    load = {"load/Scissors": 0.6, "load/Suction": 0.4, "load/entropy": 0.673, "gates/entropy": 0.2}
+    own.log(4, figures | load)
+    own.validated(4, held_out(1.0), (0.1, 0.9))
+    assert said == [
+        "step 3: loss 2 (diffusion 0.5, roi 0.25)",
+        "step 4: loss 2 (diffusion 0.5, roi 0.25); load Scissors 60%, Suction 40%, entropy 0.67; of a clip's "
+        "gates 0.20",
+        "step 4: held-out loss 2.5000, in the region 4.0000 (Scissors 1.5000, Suction 3.5000)",
+    ]
+
+
 def test_an_early_stop_keeps_the_best_and_ends_after_its_patience(tmp_path):
     said: list[str] = []
     own = watch(tmp_path, said, early_stop="val/loss", patience=2)
