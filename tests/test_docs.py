@@ -145,12 +145,15 @@ def test_the_toml_of_the_guide_is_a_valid_set_of_experts(tmp_path):
 
 def test_the_figures_of_the_readme_are_those_of_the_committed_result():
     from wanmoe.infer.report import DemoResults
-    from wanmoe.launch.demo import markdown
+    from wanmoe.launch.demo import STAGES, Recipe, markdown
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     results = DemoResults.from_json((ROOT / "docs" / "demo.json").read_text(encoding="utf-8"))
     shown = readme.split("<!-- demo -->")[1].split("<!-- /demo -->")[0].strip()
     assert shown == markdown(results)
+    # Of today's demo, not of another recipe.
+    steps = zip(STAGES, Recipe().steps, strict=True)
+    assert results.facts["steps"] == ", ".join(f"{stage} {count}" for stage, count in steps)
     assert f"about {float(results.facts['wall time'].split()[0]):.0f} minutes" in readme
 
 
