@@ -179,7 +179,7 @@ def _adapter(path: Path) -> dict[str, Any]:
         "experts": [ExpertState(name=expert.name, trained=done) for expert, done in experts],
         "details": {
             **{"stage": info.stage, "step": info.step, "alpha": info.adapter.alpha},
-            **{"router": info.router.mode, "time_gate": info.router.time_gate},
+            **{"router": info.router.mode, "time_gate": info.router.loudness},
             "fallback": info.adapter.fallback or f"none ({info.router.unrouted})",
             "base_sha256": info.base_sha256 or "not known",
         },

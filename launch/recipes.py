@@ -43,6 +43,7 @@ _SAME = {
     "adapter.rank_dropout": "0.0",
 }
 _ON = {"router.time_gate": '"bands"', "router.bands": "[[0.0, 1.0]]"}
+_FLOOR = _ON | {"router.floor": "0.5"}
 _CONTRAST = {"router.time_gate": '"contrast"'}
 _ROUTER = {"train.train_router": "true", "router.mode": '"learned"', "optimizer.router_lr": "3e-3"}
 _DROPPED = {"data.caption_dropout": "0.5"}
@@ -69,8 +70,8 @@ RECIPES: dict[str, Recipe] = {
         Recipe("frozen base", ()),
         Recipe("base adapter", _alone("a")),
         Recipe(BASE_LINE, _alone("a", **_WIDE)),
-        Recipe("base + experts (rule)", _joint(_CONTRAST)),
-        Recipe("base + experts + router (joint)", _joint(_CONTRAST, _ROUTER)),
+        Recipe("base + experts (rule)", _joint(_FLOOR)),
+        Recipe("base + experts + router (joint)", _joint(_FLOOR, _ROUTER)),
         Recipe(f"{BASE_LINE}, rate 1e-2", _alone("a", **_WIDE, **{"optimizer.lr": "1e-2"})),
         Recipe(f"{BASE_LINE}, rate 4e-2", _alone("a", **_WIDE, **{"optimizer.lr": "4e-2"})),
         Recipe("A, then B: base frozen, one expert a clip", _in_turn(_ON, _FROZEN)),
@@ -85,7 +86,10 @@ RECIPES: dict[str, Recipe] = {
         Recipe("A, then base and experts, contrast", _in_turn(_CONTRAST)),
         Recipe("joint, one expert a clip", _joint(_ON)),
         Recipe("joint, all experts alike (control)", _joint(_CONTRAST, {"router.contrast": "[[0.0, 0.0]]"})),
-        Recipe("joint, floor 0.5", _joint(_ON, {"router.floor": "0.5"})),
+        Recipe("joint, floor 0.25", _joint(_ON, {"router.floor": "0.25"})),
+        Recipe("joint, floor 0.75", _joint(_ON, {"router.floor": "0.75"})),
+        Recipe("joint, contrast", _joint(_CONTRAST)),
+        Recipe("joint with router, contrast", _joint(_CONTRAST, _ROUTER)),
         Recipe("joint, wide contrast", _joint(_CONTRAST, {"router.contrast": "[[0.3, 0.0], [0.9, 0.5]]"})),
         Recipe("joint, wider contrast", _joint(_CONTRAST, {"router.contrast": "[[0.3, 0.0], [0.9, 0.8]]"})),
         Recipe(
@@ -102,21 +106,20 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe("joint, contrast, rank dropout", _joint(_CONTRAST, {"adapter.rank_dropout": "0.05"})),
         Recipe(
-            "joint, contrast, as stage B's defaults relate rates and dropout",
+            "joint, floor 0.5, as stage B's defaults relate rates and dropout",
             _joint(
-                _CONTRAST,
+                _FLOOR,
                 {"optimizer.lr": "1e-2", "optimizer.base_lr": "2e-2", "adapter.rank_dropout": "0.05"},
             ),
         ),
         Recipe("joint, contrast, captions dropped by half", _joint(_CONTRAST, _DROPPED)),
         Recipe(f"{BASE_LINE}, captions dropped by half", _alone("a", **_WIDE, **_DROPPED)),
         Recipe(f"{BASE_LINE}, few clips", _alone("a", **_WIDE), "few"),
-        Recipe("base + experts (rule), few clips", _joint(_CONTRAST), "few"),
+        Recipe("base + experts (rule), few clips", _joint(_FLOOR), "few"),
+        Recipe("joint, contrast, few clips", _joint(_CONTRAST), "few"),
         Recipe("joint, one expert a clip, few clips", _joint(_ON), "few"),
         Recipe(f"{BASE_LINE}, few clips, captions dropped by half", _alone("a", **_WIDE, **_DROPPED), "few"),
-        Recipe(
-            "base + experts (rule), few clips, captions dropped by half", _joint(_CONTRAST, _DROPPED), "few"
-        ),
+        Recipe("base + experts (rule), few clips, captions dropped by half", _joint(_FLOOR, _DROPPED), "few"),
     )
 }
 MAIN = tuple(RECIPES)[:5]

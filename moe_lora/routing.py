@@ -94,14 +94,22 @@ class RouterConfig(BaseModel):
     time_gate: Literal["bands", "contrast", "learned"] = "bands"
     """bands: the factor by `bands`. contrast: by `contrast`. learned: in place of the bands a smooth factor
     for each expert, sigmoid(slope (t - center)) from slope 12 and center 0.35 on, which trains with the
-    experts; under any `mode`. Training in stage b takes contrast where neither this nor `bands` nor `floor`
-    is given, here or in stage a, unless the base is frozen."""
+    experts; under any `mode`. Where neither this nor `bands` nor `floor` is given, here or in stage a, stage
+    b trains with bands = [[0, 1]] and floor = 0.5, unless the base is frozen."""
     contrast: tuple[tuple[float, float], ...] = ((0.3, 0.0), (0.9, 0.25))
     """(t, width w), linear between, under time_gate = "contrast": a gate g becomes 1 + w (E g - sum of g). So
     all E experts speak, together always E: alike at little noise, the routed one louder towards noise."""
     ema: float = Field(0.5, ge=0, lt=1)
     """Weight of the past in the moving average of a schedule's gates along the latent frames, where a request
     does not say it."""
+
+    @property
+    def loudness(self) -> str:
+        """In words, how loud the experts are at a noise level."""
+        if self.time_gate == "contrast":
+            return f"contrast {[list(pair) for pair in self.contrast]}"
+        gate = "learned" if self.time_gate == "learned" else f"bands {[list(pair) for pair in self.bands]}"
+        return f"{gate}, floor {self.floor:g}"
 
     @property
     def unrouted(self) -> str:

@@ -232,7 +232,7 @@ class Trainer:
             prefix = f"all {blocks} blocks train"
         parts = ", ".join(self.spec.trains) or "all"
         if self.adapter is not None and "experts" in self.spec.trains:
-            parts += f"; time gate {self.adapter.router_config.time_gate}"
+            parts += f"; time gate {self.adapter.router_config.loudness}"
         return (
             f"stage {self.config.train.stage}: {self._trainable_count():,} trainable parameters ({parts}), "
             f"{prefix}, {len(self.batches.shards)} clips, {len(self.held_out)} held out, global batch "

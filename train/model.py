@@ -54,10 +54,10 @@ def load_model(config: TrainerConfig, dtype: torch.dtype | None = None) -> tuple
 
 
 def router_config(config: TrainerConfig) -> RouterConfig:
-    """The router as configured, and with the stage's own time gate where experts begin to train and neither
-    the config nor the file of stage a says how loud they are at a noise level."""
+    """The router as configured, and with the stage's own keys where experts begin to train and neither the
+    config nor the file of stage a says how loud they are at a noise level."""
     asked, plain = config.router, RouterConfig()
-    own = STAGES[stage_name(config)].time_gate
+    own = STAGES[stage_name(config)].loudness
     said = not asked.model_fields_set.isdisjoint(_LOUDNESS)
     known = [asked]
     if config.model.adapter is not None:
@@ -65,7 +65,7 @@ def router_config(config: TrainerConfig) -> RouterConfig:
         said |= info.stage != "a"
         known.append(info.router)
     said |= any(getattr(one, key) != getattr(plain, key) for one in known for key in _LOUDNESS)
-    return asked if said or own == "bands" else asked.model_copy(update={"time_gate": own})
+    return asked if said else asked.model_copy(update=dict(own))
 
 
 def resolved(config: TrainerConfig, adapter: Adapter) -> TrainerConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
@@ -40,8 +40,9 @@ class StageSpec:
     rank_dropout: float = 0.0
     weights: Mapping[Term, float] = field(default_factory=dict)
     """Of the losses; what is not named weighs 0."""
-    time_gate: Literal["bands", "contrast"] = "bands"
-    """Of experts that begin to train here and whose config says nothing of it."""
+    loudness: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of the router for experts that begin to train here, where the config says nothing of how loud they
+    are."""
 
 
 _SHAPE: dict[Term, float] = {"diffusion": 1.0, "roi": 3.0, "identity": 0.5, "temporal": 0.5}
@@ -64,7 +65,8 @@ STAGES: dict[str, StageSpec] = {
         weights={"diffusion": 1.0, "roi": 1.0, "entropy": 0.05, "balance": 0.1, "teacher_kl": 1.0},
     ),
 }
-# With the base beside the experts all noise levels train, and contrast did best (docs/recipes.md).
+# With the base beside the experts all noise levels train, and with half of every expert always on they did
+# best (docs/recipes.md).
 for _name in ("b", "b+router"):
     _spec = STAGES[_name]
     STAGES[_name.replace("b", "b+base", 1)] = replace(
@@ -72,7 +74,7 @@ for _name in ("b", "b+router"):
         trains=("base", *_spec.trains),
         epochs=STAGES["a"].epochs + _spec.epochs,
         t_range=(0.0, 1.0),
-        time_gate="contrast",
+        loudness={"bands": ((0.0, 1.0),), "floor": 0.5},
     )
 
 

@@ -434,7 +434,8 @@ def test_what_a_run_wrote_down_asks_for_the_same_run(launcher, stages, tmp_path)
         run = tmp_path / stage
         shutil.copytree(root / stage, run)
         written = tomllib.loads((run / "config.toml").read_text())
-        assert written["router"]["time_gate"] == "contrast"
-        assert read_adapter(run / "adapter.safetensors")[0].router.time_gate == "contrast"
+        assert (written["router"]["bands"], written["router"]["floor"]) == ([[0.0, 1.0]], 0.5)
+        router = read_adapter(run / "adapter.safetensors")[0].router
+        assert router.loudness == "bands [[0.0, 1.0]], floor 0.5"
         written["train"]["run"] = str(run)
         assert "is complete: 6 steps are done" in launcher.run(written, tmp_path / f"{stage}.toml")

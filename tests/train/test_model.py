@@ -122,21 +122,25 @@ def test_a_router_that_nobody_trains_is_refused(config, saved, stage, router, wo
         load_model(parsed(config, model=model, train={"stage": stage}, router=router))
 
 
+BANDS = "bands [[0.0, 0.0], [0.2, 0.5], [0.6, 1.0]]"
+
+
 @pytest.mark.parametrize(
     ("train", "router", "of_the_file", "expected"),
     [
-        ({}, {}, {}, "contrast"),
-        ({"train_router": True}, {"mode": "learned", "contrast": [[0.5, 0.1]]}, {}, "contrast"),
-        ({"freeze_base": True}, {}, {}, "bands"),
-        ({}, {"bands": [[0.0, 1.0]]}, {}, "bands"),
-        ({}, {"bands": [[0.0, 0.0], [0.2, 0.5], [0.6, 1.0]]}, {}, "bands"),  # the default, but said
-        ({}, {"floor": 0.5}, {}, "bands"),
-        ({}, {"time_gate": "learned"}, {}, "learned"),
-        ({}, {}, {"floor": 0.5}, "bands"),
-        ({}, {}, {"time_gate": "learned"}, "learned"),
+        ({}, {}, {}, "bands [[0.0, 1.0]], floor 0.5"),
+        ({"train_router": True}, {"mode": "learned"}, {}, "bands [[0.0, 1.0]], floor 0.5"),
+        ({"freeze_base": True}, {}, {}, f"{BANDS}, floor 0"),
+        ({}, {"bands": [[0.0, 1.0]]}, {}, "bands [[0.0, 1.0]], floor 0"),
+        ({}, {"bands": [[0.0, 0.0], [0.2, 0.5], [0.6, 1.0]]}, {}, f"{BANDS}, floor 0"),  # but said
+        ({}, {"floor": 0.2}, {}, f"{BANDS}, floor 0.2"),
+        ({}, {"time_gate": "learned"}, {}, "learned, floor 0"),
+        ({}, {"time_gate": "contrast", "contrast": [[0.5, 0.1]]}, {}, "contrast [[0.5, 0.1]]"),
+        ({}, {}, {"floor": 0.2}, f"{BANDS}, floor 0.2"),
+        ({}, {}, {"time_gate": "learned"}, "learned, floor 0"),
     ],
 )
-def test_stage_b_has_its_own_time_gate_where_nothing_else_is_said(
+def test_stage_b_has_its_own_loudness_where_nothing_else_is_said(
     config, base, tmp_path, train, router, of_the_file, expected
 ):
     adapter = attach(load_dit(base), AdapterConfig(blocks=2, ffn_blocks=1), RouterConfig(**of_the_file))
@@ -144,12 +148,12 @@ def test_stage_b_has_its_own_time_gate_where_nothing_else_is_said(
     for stage in ("a", "b"):
         path = save_adapter(adapter, tmp_path / f"{stage}.safetensors", stage=stage, step=1)
         made = parsed(config, model={"adapter": str(path)}, train=train, router=router)
-        own = expected if stage == "a" else router.get("time_gate", adapter.router_config.time_gate)
-        assert load_model(made)[1].router_config.time_gate == own
+        own = expected if stage == "a" else RouterConfig(**of_the_file | router).loudness
+        assert load_model(made)[1].router_config.loudness == own
     if not of_the_file:
         fresh = parsed(config, model={"adapter": None}, train=train, router=router)
         if not train.get("freeze_base"):
-            assert load_model(fresh)[1].router_config.time_gate == expected
+            assert load_model(fresh)[1].router_config.loudness == expected
 
 
 def test_routing_settings_of_the_file_hold_unless_set(config, base, tmp_path):
