@@ -59,6 +59,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     tree = _read_toml(path)
     resolve_paths(tree, path.parent)
     apply_overrides(tree, overrides)
+    # Those of the command line are as the shell means them; a run's config.toml must not move them.
+    resolve_paths(tree, Path.cwd())
     return parse_config(tree, str(path))
 
 

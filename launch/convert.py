@@ -125,6 +125,10 @@ def convert(
                 "dtype": chosen,
             }
             strengths |= {"gates": _gates(path, instrument, parse_mix(mix or []))}
+            if "alpha_expert" in given and not strengths["gates"]:
+                raise WanmoeError(
+                    "--alpha_expert does nothing without experts: name them with --instrument or --mix"
+                )
             if to == "merged":
                 _merge(path, target, model, strengths | {"any_base": any_base})
             else:
@@ -154,6 +158,8 @@ def _kind(path: Path) -> Kind:
     from ..moe_lora.adapter_file import is_adapter
     from ..moe_lora.fork_file import is_fork
 
+    if not path.exists():
+        raise WanmoeError(f"{path}: no such file or folder")
     return "adapter" if is_adapter(path) else "fork" if is_fork(path) else "lora"
 
 
@@ -182,8 +188,6 @@ def _check_options(path: Path, kind: Kind, to: Target, given: set[str]) -> None:
     if idle:
         listed = ", ".join(f"--{name}" for name in idle)
         raise WanmoeError(f"{path}: --to {to} of {_KINDS[kind]} does nothing with {listed}; leave it out")
-    if "alpha_expert" in given and not given & {"instrument", "mix"}:
-        raise WanmoeError("--alpha_expert does nothing without experts: name them with --instrument or --mix")
 
 
 def _targets(out: Path, sides: list[Side]) -> list[Path]:
@@ -239,8 +243,11 @@ def _gates(path: Path, instrument: str | None, mix: dict[str, float] | None) -> 
     from ..moe_lora.export import gates_of
 
     gates = gates_of(path, instrument=instrument, mix=mix)
+    info = read_adapter_info(path)
+    adapter = info.adapter
+    if gates and info.stage == "a":
+        typer.echo(f"{path}: its experts were never trained, so without effect", err=True)
     if not instrument and not mix:
-        adapter = read_adapter_info(path).adapter
         if adapter.fallback is not None:
             typer.echo(f"{path}: no instrument, so its fallback expert {adapter.fallback}")
         elif gates:

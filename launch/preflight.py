@@ -35,7 +35,13 @@ def preflight(config: Config) -> None:
         )
     experts = config.adapter
     if model.adapter is not None:
-        experts = read_adapter(model.adapter)[0].adapter
+        info = read_adapter(model.adapter)[0]
+        if stage == "c" and info.stage == "a":
+            raise WanmoeError(
+                f"model.adapter: {model.adapter} is of stage a, whose experts are all zero; stage c starts "
+                "from the adapter of stage b"
+            )
+        experts = info.adapter
     if stage != "pretrain":
         check_router(config)
     spec = STAGES[stage_name(config)]

@@ -107,7 +107,7 @@ def test_the_table_of_stages_is_that_of_the_code():
     assert [float(cell.split(",")[0]) for cell in rows["learning rate"]] == [stage.lr for stage in stages]
     words = {"base": "base adapter", "experts": "experts", "router": "router"}
     assert rows["trains"][:4] == [", ".join(words[part] for part in stage.trains) for stage in stages[:4]]
-    loud = [json.loads(cell) if cell else {} for cell in rows["loudness of the experts"]]
+    loud = [{} if cell == "none" else json.loads(cell) for cell in rows["loudness of the experts"]]
     assert loud == [json.loads(json.dumps(dict(stage.loudness))) for stage in stages]
     schedule = [f"{stage.schedule}, {stage.warmup}" for stage in stages]
     assert rows["schedule, warm-up"] == schedule

@@ -226,18 +226,18 @@ class Trainer:
         return sum(int(getattr(p, "ds_numel", p.numel())) for p in self.trainable.values())
 
     def _start_line(self) -> str:
-        blocks = len(self.dit.blocks)
+        rate, blocks = self.config.optimizer.lr or self.spec.lr, len(self.dit.blocks)
         prefix = f"prefix {self.dit.first_adapted} of {blocks} blocks without a graph"
         if not self.dit.prefix_frozen:
             prefix = f"all {blocks} blocks train"
         parts = ", ".join(self.spec.trains) or "all"
-        if self.adapter is not None and "experts" in self.spec.trains:
+        if self.adapter is not None and self.spec.routing in ("labels", "router"):
             parts += f"; time gate {self.adapter.router_config.loudness}"
         return (
             f"stage {self.config.train.stage}: {self._trainable_count():,} trainable parameters ({parts}), "
             f"{prefix}, {len(self.batches.shards)} clips, {len(self.held_out)} held out, global batch "
             f"{self.batches.global_batch} on {self.world} ranks ({self.device.type}), "
-            f"t in {list(self.t_range)}, {self.steps} steps of {self.objective.describe()}"
+            f"t in {list(self.t_range)}, {self.steps} steps at rate {rate:g} of {self.objective.describe()}"
         )
 
     def _say(self, line: str) -> None:

@@ -106,7 +106,7 @@ def file_hashes(config: TrainerConfig) -> dict[str, str]:
     model = config.model
     base = "" if model.dit is None else dit_hash(model.dit)
     adapter = "" if model.adapter is None else file_sha256(model.adapter)
-    judges = {f"{key}_sha256": _sha256(getattr(config.objective, key)) for key in ("classifier", "lpips")}
+    judges = {f"{key}_sha256": _sha256(config, key) for key in ("classifier", "lpips")}
     if model.adapter is not None and not model.any_base:
         trained_on = read_adapter(model.adapter)[0].base_sha256
         if trained_on and trained_on != base:
@@ -117,9 +117,11 @@ def file_hashes(config: TrainerConfig) -> dict[str, str]:
     return {"base_sha256": base, "adapter_sha256": adapter, **judges}
 
 
-def _sha256(path: Path | None) -> str:
+def _sha256(config: TrainerConfig, key: str) -> str:
+    path: Path | None = getattr(config.objective, key)
     if path is not None and not path.is_file():
-        raise WanmoeError(f"{path}: no such file, but the config's [objective] names it")
+        made = "; `wanmoe train-classifier` makes one" if key == "classifier" else ""
+        raise WanmoeError(f"objective.{key}: {path} does not exist{made}")
     return "" if path is None else file_sha256(path)
 
 
@@ -130,8 +132,8 @@ def local_files(config: TrainerConfig) -> dict[str, Any]:
     return {
         "the size of model.dit": size,
         "model.adapter": "" if model.adapter is None else file_sha256(model.adapter),
-        "objective.classifier": _sha256(config.objective.classifier),
-        "objective.lpips": _sha256(config.objective.lpips),
+        "objective.classifier": _sha256(config, "classifier"),
+        "objective.lpips": _sha256(config, "lpips"),
     }
 
 

@@ -126,7 +126,12 @@ class Objective:
 
     def describe(self) -> str:
         """The sum of the terms, for the first line of a run."""
-        return " + ".join(f"{weight:g} {term}" for term, weight in self.weights.items())
+        terms = {term: f"{weight:g} {term}" for term, weight in self.weights.items()}
+        if "identity" in terms and self.classifier is not None:
+            right = self.classifier.info.held_out.get("accuracy")
+            # One at chance teaches chance.
+            terms["identity"] += "" if right is None else f" (its classifier is right for {right:.0%})"
+        return " + ".join(terms.values())
 
     # ------------------------------------------------------------------------------------------- the forward
 

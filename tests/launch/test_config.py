@@ -33,6 +33,16 @@ def test_defaults_and_paths(path, tmp_path):
     assert config.model.dit == tmp_path / "base.safetensors" and config.train.run == tmp_path / "runs" / "a"
 
 
+def test_paths_of_the_command_line_are_those_of_the_shell_and_written_down_whole(path, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = load_config(path, ["--objective.classifier", "c.safetensors", "--train.run", "../run"])
+    assert config.objective.classifier == tmp_path / "here" / "c.safetensors"
+    assert config.train.run == tmp_path / "run"
+    config = load_config(path, ["--objective.vae", "haar", "--data.shards", "https://host/shards"])
+    assert config.objective.vae == "haar" and str(config.data.shards) == "https://host/shards"
+
+
 def test_every_key_can_be_set_on_the_command_line(path):
     words = [
         "--train.steps",

@@ -183,6 +183,20 @@ def test_what_cannot_be_converted_is_one_line(files, command, tmp_path, words, m
     assert not list(tmp_path.iterdir())
 
 
+def test_a_source_that_is_not_there_is_told_before_its_options(command, tmp_path):
+    words = (
+        "nope.safetensors",
+        "--to",
+        "comfyui",
+        "--instrument",
+        "hook",
+        "--out",
+        tmp_path / "x.safetensors",
+    )
+    code, _, error = command("convert", *words)
+    assert code == 2 and "nope.safetensors: no such file or folder" in error
+
+
 def test_garbage_is_one_line(command, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"garbage" * 100)
     code, said, error = command("inspect", tmp_path / "x.safetensors")

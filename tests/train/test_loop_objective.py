@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from wanmoe.launch.config import parse_config
 from wanmoe.launch.preflight import preflight
-from wanmoe.moe_lora import WanmoeError
+from wanmoe.moe_lora import AdapterConfig, RouterConfig, WanmoeError, attach, load_dit, save_adapter
 from wanmoe.moe_lora.adapter_file import read_adapter
 from wanmoe.moe_lora.instruments import SURGICAL
 from wanmoe.train import meter
@@ -131,6 +131,14 @@ def test_an_early_stop_by_a_region_that_no_clip_has_is_refused_before_the_start(
     config["train"] |= {"val_every": 2, "early_stop": "val/roi"}
     with pytest.raises(WanmoeError, match=r'no held-out clip of .*bare has a region; set it to "val/loss"'):
         preflight(parse_config(config, "test"))
+
+
+def test_a_router_is_not_trained_on_experts_of_stage_a(config, base, tmp_path):
+    adapter = attach(load_dit(base), AdapterConfig(blocks=2, ffn_blocks=1), RouterConfig(mode="learned"))
+    path = save_adapter(adapter, tmp_path / "a.safetensors", stage="a", step=1)
+    config["model"]["adapter"], config["train"]["stage"] = str(path), "c"
+    with pytest.raises(WanmoeError, match="is of stage a, whose experts are all zero; stage c starts from"):
+        preflight(parse_config(config | {"router": {"mode": "learned"}}, "test"))
 
 
 def test_an_early_stop_ends_the_run_keeps_the_best_and_stays_ended(launcher, config, tmp_path):
