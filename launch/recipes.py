@@ -106,7 +106,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe("joint, contrast, rank dropout", _joint(_CONTRAST, {"adapter.rank_dropout": "0.05"})),
         Recipe(
-            "joint, floor 0.5, as stage B's defaults relate rates and dropout",
+            "joint, floor 0.5, experts at half the rate, rank dropout",
             _joint(
                 _FLOOR,
                 {"optimizer.lr": "1e-2", "optimizer.base_lr": "2e-2", "adapter.rank_dropout": "0.05"},

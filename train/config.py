@@ -137,10 +137,9 @@ class OptimizerConfig(Section):
     """Section `optimizer`: AdamW and its schedule."""
 
     lr: float | None = Field(None, gt=0)
-    """Default by stage: pretrain 1e-3, a 1e-4, b 5e-5, c 1e-3."""
+    """Default by stage: pretrain 1e-3, a 1e-4, b 1e-4 (with freeze_base 5e-5), c 1e-3."""
     base_lr: float | None = Field(None, gt=0)
-    """Of a base adapter that trains beside the experts in stage b; default: as `lr` where that is given, else
-    1e-4."""
+    """Of a base adapter that trains beside the experts in stage b; default: as `lr`."""
     router_lr: float | None = Field(None, gt=0)
     """Of a router that trains beside the experts in stage b; default 1e-4."""
     time_gate_lr: float = Field(1e-2, gt=0)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..moe_lora import Adapter, WanmoeError
 from ..moe_lora.adapter import make_router
 from ..moe_lora.routing import LearnedRouter, learned_gates
-from .stages import STAGES, StageSpec, part_of
+from .stages import StageSpec, part_of
 
 if TYPE_CHECKING:
     from ..moe_lora.wan.dit import WanDiT
@@ -337,7 +337,7 @@ def peak_rates(config: TrainerConfig, spec: StageSpec) -> dict[str, float]:
     rates = {
         "model": lr,
         "experts": lr,
-        "base": (asked.base_lr or asked.lr or STAGES["a"].lr) if joint else lr,
+        "base": (asked.base_lr or lr) if joint else lr,
         "router": (asked.router_lr or 1e-4) if joint else lr,
     }
     trained = {part: rate for part, rate in rates.items() if part in (spec.trains or ("model",))}

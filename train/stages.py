@@ -65,13 +65,14 @@ STAGES: dict[str, StageSpec] = {
         weights={"diffusion": 1.0, "roi": 1.0, "entropy": 0.05, "balance": 0.1, "teacher_kl": 1.0},
     ),
 }
-# With the base beside the experts all noise levels train, and with half of every expert always on they did
-# best (docs/recipes.md).
+# With the base beside the experts all noise levels train; they did best with half of every expert always on
+# and at one rate (docs/recipes.md).
 for _name in ("b", "b+router"):
     _spec = STAGES[_name]
     STAGES[_name.replace("b", "b+base", 1)] = replace(
         _spec,
         trains=("base", *_spec.trains),
+        lr=STAGES["a"].lr,
         epochs=STAGES["a"].epochs + _spec.epochs,
         t_range=(0.0, 1.0),
         loudness={"bands": ((0.0, 1.0),), "floor": 0.5},
