@@ -368,7 +368,8 @@ class LoRAMoEInference:
             experts = torch.zeros(0) if chosen is None else chosen.experts
             denoisers[name] = Denoiser(cast, side, experts, tokens, self.alpha_base, self.alpha_expert)
             words = "no adapter, the frozen model runs" if chosen is None else chosen.describe()
-            _log.info("%s noise: %s", name, words)
+            # A model that stands alone runs at every noise level.
+            _log.info("%s: %s", f"{name} noise" if len(self.sides) > 1 else "all noise levels", words)
         return denoisers
 
     def _counted(

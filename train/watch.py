@@ -140,7 +140,7 @@ def _train_line(values: Mapping[str, float], experts: Sequence[str]) -> str:
     if "load/entropy" in values:
         shares = ", ".join(f"{name} {values[f'load/{name}']:.0%}" for name in experts)
         text += f"; load {shares}, entropy {values['load/entropy']:.2f}"
-        text += f"; of a clip's gates {values['gates/entropy']:.2f}"
+        text += f" (of a clip's gates {values['gates/entropy']:.2f})"
     return text
 
 

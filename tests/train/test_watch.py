@@ -52,8 +52,8 @@ def test_the_terminal_tells_terms_load_and_held_out_loss_by_instrument(tmp_path)
     own.validated(4, held_out(1.0), (0.1, 0.9))
     assert said == [
         "step 3: loss 2 (diffusion 0.5, roi 0.25)",
-        "step 4: loss 2 (diffusion 0.5, roi 0.25); load Scissors 60%, Suction 40%, entropy 0.67; of a clip's "
-        "gates 0.20",
+        "step 4: loss 2 (diffusion 0.5, roi 0.25); load Scissors 60%, Suction 40%, entropy 0.67 (of a "
+        "clip's gates 0.20)",
         "step 4: held-out loss 2.5000, in the region 4.0000 (Scissors 1.5000, Suction 3.5000)",
     ]
 
