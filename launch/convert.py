@@ -258,10 +258,12 @@ def _gates(path: Path, instrument: str | None, mix: dict[str, float] | None) -> 
 
 
 def _export(path: Path, out: Path, to: Any, options: dict[str, Any]) -> None:
+    from ..moe_lora.adapter_file import read_adapter_info
     from ..moe_lora.export import export_lora
 
     _say_written(out, export_lora(path, out, format=to, **options))
-    typer.echo("a plain LoRA acts alike at every noise level: the adapter's time gate is not in it")
+    if not read_adapter_info(path).router.steady:
+        typer.echo("a plain LoRA acts alike at every noise level: the adapter's time gate is not in it")
 
 
 def _say_written(out: Path, report: ExportReport) -> None:

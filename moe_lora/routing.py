@@ -112,6 +112,11 @@ class RouterConfig(BaseModel):
         return f"{gate}, floor {self.floor:g}"
 
     @property
+    def steady(self) -> bool:
+        """Whether the experts are as loud at every noise level."""
+        return self.time_gate == "bands" and len({factor for _, factor in self.bands}) == 1
+
+    @property
     def unrouted(self) -> str:
         """In words, what speaks where no expert is routed: gates of zero still have a floor or a contrast."""
         alike = self.time_gate == "contrast" or self.floor > 0

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wanmoe.launch import cli
-from wanmoe.moe_lora import AdapterConfig, attach, load_adapter, load_dit, save_adapter
+from wanmoe.moe_lora import AdapterConfig, RouterConfig, attach, load_adapter, load_dit, save_adapter
 from wanmoe.moe_lora.adapter_file import read_adapter
 from wanmoe.moe_lora.lora_file import read_lora
 from wanmoe.moe_lora.lora_merge import LoRASpec
@@ -181,6 +181,35 @@ def test_what_cannot_be_converted_is_one_line(files, command, tmp_path, words, m
     code, _, error = command("convert", *words, "--out", tmp_path / "x.safetensors")
     assert code == 2 and message in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("stage", "router", "fallback", "said", "unsaid"),
+    [
+        ("b+base", {"bands": [[0, 1]], "floor": 0.5}, None, "so all experts alike", "time gate is not in it"),
+        ("b+base", {"time_gate": "contrast"}, None, "time gate is not in it", "never trained"),
+        ("b", {}, "Suction", "no instrument, so its fallback expert Suction", "all experts alike"),
+        ("a", {}, "Suction", "its experts were never trained, so without effect", "alike"),
+    ],
+)
+def test_what_an_export_without_an_instrument_holds_is_said(
+    files, tmp_path, monkeypatch, capsys, stage, router, fallback, said, unsaid
+):
+    config = AdapterConfig(blocks=2, ffn_blocks=1, fallback=fallback)
+    adapter = attach(load_dit(files / "dit.safetensors"), config, RouterConfig(**router))
+    for name, parameter in adapter.parameters().items():
+        if name.endswith("_up"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    path = save_adapter(adapter, tmp_path / "a.safetensors", stage=stage, step=1)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["wanmoe", "convert", str(path), "--to", "comfyui", "--out", str(tmp_path / "x.safetensors")],
+    )
+    with pytest.raises(SystemExit):
+        cli.main()
+    told = "".join(capsys.readouterr())
+    assert said in told and unsaid not in told
 
 
 def test_a_source_that_is_not_there_is_told_before_its_options(command, tmp_path):
