@@ -189,7 +189,7 @@ def test_what_cannot_be_converted_is_one_line(files, command, tmp_path, words, m
         ("b+base", {"bands": [[0, 1]], "floor": 0.5}, None, "so all experts alike", "time gate is not in it"),
         ("b+base", {"time_gate": "contrast"}, None, "time gate is not in it", "never trained"),
         ("b", {}, "Suction", "no instrument, so its fallback expert Suction", "all experts alike"),
-        ("a", {}, "Suction", "its experts were never trained, so without effect", "alike"),
+        ("a", {}, "Suction", "its experts were never trained, so without effect", "experts alike"),
     ],
 )
 def test_what_an_export_without_an_instrument_holds_is_said(
