@@ -58,7 +58,8 @@ def lines_of(run):
 
 def test_the_run_says_its_terms_and_steps_and_logs_each_of_them(done):
     root, _, output = done
-    assert "18 steps at rate 0.01 of 1 diffusion + 3 roi + 0.5 identity + 0.5 temporal + 0.01 entropy" in output
+    terms = "1 diffusion + 3 roi + 0.5 identity + 0.5 temporal + 0.01 entropy"
+    assert f"18 steps at rate 0.01 of {terms}" in output
     lines = lines_of(root / "two")
     assert len(lines) == 18
     weights = dict(zip(TERMS, (1, 3, 0.5, 0.5, 0.01, 0.05, 1, 0.1), strict=True))
