@@ -253,8 +253,9 @@ class Objective:
         picture: Tensor | None,
     ) -> Tensor:
         assert self.codec is not None
-        everywhere = latent.new_ones(len(latent), *latent.shape[2:])
-        crop = losses_decoded.Crop(everywhere if roi is None else roi, DECODED)
+        if roi is None:
+            roi = latent.new_ones(len(latent), *latent.shape[2:])
+        crop = losses_decoded.Crop(roi, DECODED)
         with torch.no_grad():
             truth = self.codec.decode(crop(latent))
         return losses_decoded.decoded_temporal_loss(
@@ -262,7 +263,7 @@ class Objective:
             truth,
             crop(flow),
             crop(visible) * crop.still_inside(flow),
-            None if roi is None else crop(roi),
+            crop(roi),
             None if picture is None else crop(picture),
             self.lpips,
         )
