@@ -3,3 +3,5 @@
 
 class WanmoeError(Exception):
     """A fault in what the user gave: names the file, the value and the way out, in one line."""
+
+    exit_code = 2

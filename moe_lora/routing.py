@@ -6,7 +6,9 @@ Letters: B clips, F latent frames, E experts, G gate rows (B per clip, B * F per
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -59,6 +61,31 @@ class Gates(NamedTuple):
             return Gates(self.experts, self.base, tokens)
         experts = self.experts.view(clips, rows // clips, -1).mean(1)
         return Gates(experts, self.base.view(clips, rows // clips).mean(1), tokens)
+
+    def part(self, clips: int, tokens: slice) -> Gates:
+        """The gates of the same `tokens` of every clip, for ranks that share the clips; differentiable.
+
+        Where a gate row ends inside of them, the new rows have as many tokens as divides every stretch of one
+        row.
+        """
+        rows = self.experts.shape[0]
+        if rows % clips or not 0 <= tokens.start < tokens.stop <= rows // clips * self.tokens_per_row:
+            raise ValueError(
+                f"{rows} gate rows of {self.tokens_per_row} tokens do not hold tokens {tokens.start} to "
+                f"{tokens.stop} of each of {clips} clips"
+            )
+        first, last = tokens.start // self.tokens_per_row, -(-tokens.stop // self.tokens_per_row)
+        ends = [row * self.tokens_per_row for row in range(first + 1, last)]
+        stretches = [stop - start for start, stop in pairwise([tokens.start, *ends, tokens.stop])]
+        group = math.gcd(*stretches)
+
+        def spread(gates: Tensor) -> Tensor:
+            """By whole rows: the backward of an index would add in the order of atomics."""
+            by_row = gates.unflatten(0, (clips, -1))[:, first:last].split(1, dim=1)
+            parts = zip(by_row, stretches, strict=True)
+            return torch.cat([one.repeat_interleave(n // group, dim=1) for one, n in parts], 1).flatten(0, 1)
+
+        return Gates(spread(self.experts), spread(self.base), group)
 
 
 class RouterConfig(BaseModel):

@@ -6,7 +6,7 @@ Letters: B clips, L video tokens, Lc text tokens, Li image tokens, D width, N he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ from ..routing import Gates
 from .config import WanConfig
 
 __all__ = ["WanBlock", "WanLinear", "WideLinear"]
+
+# q [B, L, N, K] of the tokens at hand, k and v alike -> [B, L, N, K].
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Rows of a low-precision weight that are widened at once: bounds the temporary to a few hundred MB at 14B.
 _WIDE_ROWS = 5120
@@ -106,11 +109,13 @@ class _Attention(nn.Module):
 class SelfAttention(_Attention):
     """Attention of every video token over every video token, with rotary positions."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, gates: Gates | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, gates: Gates | None, attend: Attend = attention
+    ) -> Tensor:
         """x [B, L, D], cos and sin [L, P] -> [B, L, D]."""
         q, k, v = project(x, (self.q, self.k, self.v), gates)
         q, k = self._heads(self.norm_q(q, cos, sin)), self._heads(self.norm_k(k, cos, sin))
-        out: Tensor = self.o(attention(q, k, self._heads(v)).flatten(2), gates)
+        out: Tensor = self.o(attend(q, k, self._heads(v)).flatten(2), gates)
         return out
 
 
@@ -193,17 +198,19 @@ class WanBlock(nn.Module):
         gates: Gates | None = None,
         context_gates: Gates | None = None,
         image: Tensor | None = None,
+        attend: Attend = attention,
     ) -> Tensor:
         """x [B, L, D], e0 [B, 6, D] wide, context [B, Lc, D], cos and sin [L, P] -> x in its own dtype.
 
         `gates` are those of the video tokens, `context_gates` those of the text tokens. image [B, Li, D] goes
-        with Wan2.1 i2v models alone.
+        with Wan2.1 i2v models alone. `attend` is that of self-attention: where ranks share the clips, x, cos,
+        sin and gates are those of this rank's tokens, and it attends over those of all.
         """
         dtype = self.self_attn.q.weight.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             (wide(self.modulation) + e0).unsqueeze(2).unbind(dim=1)  # each [B, 1, D]
         )
-        h = self.self_attn(adaln(x, scale1, shift1, self.eps, dtype), cos, sin, gates)
+        h = self.self_attn(adaln(x, scale1, shift1, self.eps, dtype), cos, sin, gates, attend)
         x, h = residual_layer_norm(x, h, gate1, self.norm3.weight, self.norm3.bias, self.eps, dtype)
         h = self.cross_attn(h, context, gates, context_gates, image)
         x, h = residual_adaln(x, h, None, scale2, shift2, self.eps, dtype)

@@ -1,7 +1,7 @@
 """The Wan2.2 video transformer, split into a prefix that is never trained and a tail that is.
 
-Letters: B clips, C channels, F latent frames, H, W latent height and width, L video tokens, Lc text tokens,
-Li image tokens, D width, P rotated pairs per head.
+Letters: B clips, C channels, F latent frames, H, W latent height and width, L video tokens (where ranks share
+the clips, those of this rank), Lc text tokens, Li image tokens, D width, P rotated pairs per head.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...kernels.attention import attention
 from ...kernels.norms import adaln, wide
 from ..errors import WanmoeError
 from ..routing import Gates
 from .block import WanBlock, WideLinear
 from .config import WanConfig
 from .rope import rope_tables
+from .sequence import SequenceParallel, TokenSplit
 
 __all__ = ["PrefixState", "WanDiT"]
 
@@ -45,23 +47,26 @@ class PrefixState(NamedTuple):
     sin: Tensor
     """[L, P]."""
     frames: int
-    """Tokens along time, height and width: L = frames * height * width."""
+    """Tokens of the whole clip along time, height and width."""
     height: int
     width: int
     image: Tensor | None = None
     """[B, Li, D] of a Wan2.1 i2v model."""
     gated: bool = False
     """Whether the prefix was given gates."""
+    split: TokenSplit | None = None
+    """How ranks share the clips, where they do."""
 
 
 class PatchEmbedding(nn.Conv3d):
     """Patches to tokens. A matmul: Conv3d has no good bf16 kernel for a stride equal to the kernel."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, F, H, W] of any dtype -> [B, L, D] in the dtype of the weight."""
+    def forward(self, x: Tensor, own: slice | None = None) -> Tensor:
+        """x [B, C, F, H, W] of any dtype -> [B, L, D] in the dtype of the weight; of `own` tokens alone."""
         (b, c, f, h, w), (p, q, r) = x.shape, self.kernel_size
         x = x.to(self.weight.dtype).view(b, c, f // p, p, h // q, q, w // r, r)
         x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, -1, c * p * q * r)
+        x = x if own is None else x[:, own]
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
@@ -141,6 +146,7 @@ class WanDiT(nn.Module):
         self.prefix_frozen: bool = False
         self.prefix_adapted: bool = False
         self.checkpointing: bool = False
+        self.sequence: SequenceParallel | None = None
         self.patch_embedding = PatchEmbedding(
             config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size
         )
@@ -209,7 +215,8 @@ class WanDiT(nn.Module):
             # block's positional inputs requires grad (deepspeed 0.19).
             state = state._replace(x=state.x.detach().requires_grad_(True))
         x = self._run(range(self.first_adapted, len(self.blocks)), state, gates)
-        return self._unpatchify(self.head(x, state.e), state)
+        patches: Tensor = self.head(x, state.e)
+        return self._unpatchify(patches if state.split is None else state.split.join(patches), state)
 
     def freeze_prefix(self, first: int, adapted: bool = False) -> None:
         """Splits the model before `blocks[first]` and runs what lies before it without a graph from now on.
@@ -298,15 +305,19 @@ class WanDiT(nn.Module):
         )
         if image_latent is not None:
             x = torch.cat((x, image_latent.to(x.dtype)), dim=1)
-        tokens = self.patch_embedding(x)
+        split = None if self.sequence is None else self.sequence.split(frames * height * width)
+        own = None if split is None else split.own
+        tokens = self.patch_embedding(x, own)
         e = self.time_embedding(self._time_frequencies(t).to(wide(tokens).dtype))
         e0 = self.time_projection(e).unflatten(-1, (6, self.config.dim))
         cos, sin = rope_tables(
             (frames, height, width), self.config.head_dim, dtype=e0.dtype, device=tokens.device
         )
+        if own is not None:
+            cos, sin = cos[own], sin[own]
         text = self.text_embedding(self._pad_context(context, x.shape[0]))
         image = None if image_context is None else self.img_emb(image_context).to(text.dtype)
-        return PrefixState(tokens, e, e0, text, cos, sin, frames, height, width, image)
+        return PrefixState(tokens, e, e0, text, cos, sin, frames, height, width, image=image, split=split)
 
     def _time_frequencies(self, t: Tensor) -> Tensor:
         """t [B] -> [B, freq_dim] float64, cosines first."""
@@ -329,10 +340,14 @@ class WanDiT(nn.Module):
         return torch.stack([F.pad(row, (0, 0, 0, text_len - row.shape[0])) for row in rows])
 
     def _run(self, indices: range, state: PrefixState, gates: Gates | None) -> Tensor:
-        x = state.x
+        x, split = state.x, state.split
         context_gates = None if gates is None else gates.per_clip(x.shape[0], state.context.shape[1])
+        if gates is not None and split is not None:
+            gates = gates.part(x.shape[0], split.own)
+        attend = attention if split is None else split.attend
+        state_args = (state.e0, state.context, state.cos, state.sin, gates, context_gates, state.image)
         for i in indices:
-            args = (x, state.e0, state.context, state.cos, state.sin, gates, context_gates, state.image)
+            args = (x, *state_args, attend)
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self.blocks[i], *args, use_reentrant=False)
             else:

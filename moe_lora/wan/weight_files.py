@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import zipfile
@@ -49,6 +50,16 @@ class StoredTensor(NamedTuple):
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    rows: Callable[[int, int], Tensor] | None = None
+    """(first, stop) -> these rows of its first dimension, without reading the others."""
+
+    def part(self, first: int, stop: int) -> Tensor:
+        """Elements first .. stop - 1 in the order of memory, [stop - first]; rows are read whole."""
+        width = math.prod(self.shape[1:])
+        start = first // width
+        end = -(-stop // width)
+        rows = self.read()[start:end] if self.rows is None else self.rows(start, end)
+        return rows.reshape(-1)[first - start * width : stop - start * width]
 
 
 class Weights(NamedTuple):
@@ -61,6 +72,8 @@ class Weights(NamedTuple):
     """Of the `config.json` beside the file; empty without one."""
     label: str
     """The file or folder, as errors name it."""
+    whole: str | None = None
+    """A file that had to be read into memory whole to be opened, if there is one."""
 
 
 def weight_files(path: str | os.PathLike[str]) -> list[Path]:
@@ -131,9 +144,11 @@ def open_weights(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Weigh
     files = weight_files(source)
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
+    whole: str | None = None
     for file in files:
         if file.suffix in _TORCH_SUFFIXES:
             found = _from_torch(file)
+            whole = whole if zipfile.is_zipfile(file) else str(file)
         else:
             found, header = _from_safetensors(file)
             metadata |= header
@@ -143,7 +158,7 @@ def open_weights(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Weigh
         tensors |= found
     config_file = files[0].with_name("config.json")
     config = _read_json(config_file) if config_file.is_file() else {}
-    return Weights(tensors, metadata, config, str(Path(source)))
+    return Weights(tensors, metadata, config, str(Path(source)), whole)
 
 
 def _from_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -155,11 +170,14 @@ def _from_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, st
             f"{file}: not a whole safetensors file ({error}); download or copy it again"
         ) from error
 
-    def reader(name: str) -> Callable[[], Tensor]:
-        return lambda: handle.get_tensor(name)
+    def stored(name: str, shape: tuple[int, ...]) -> StoredTensor:
+        return StoredTensor(
+            shape,
+            lambda: handle.get_tensor(name),
+            lambda first, stop: handle.get_slice(name)[first:stop],
+        )
 
-    tensors = {name: StoredTensor(shape, reader(name)) for name, shape in shapes.items()}
-    return tensors, handle.metadata() or {}
+    return {name: stored(name, shape) for name, shape in shapes.items()}, handle.metadata() or {}
 
 
 def _from_torch(file: Path) -> dict[str, StoredTensor]:
@@ -191,10 +209,12 @@ def _from_mapping(content: Mapping[str, Any], label: str) -> dict[str, StoredTen
     if other:
         raise WeightsError(f"{label}: {other[0]!r} is not a tensor ({len(other)} such entries)")
 
-    def reader(value: Tensor) -> Callable[[], Tensor]:
-        return lambda: value.detach()
+    def stored(value: Tensor) -> StoredTensor:
+        return StoredTensor(
+            tuple(value.shape), lambda: value.detach(), lambda first, stop: value.detach()[first:stop]
+        )
 
-    return {name: StoredTensor(tuple(value.shape), reader(value)) for name, value in content.items()}
+    return {name: stored(value) for name, value in content.items()}
 
 
 def check_tensors(

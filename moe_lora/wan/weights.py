@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -31,9 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONFIG_KEY",
+    "OpenDiT",
     "WeightsError",
+    "check_computable",
     "dit_hash",
     "load_dit",
+    "open_dit",
     "read_dit_config",
     "save_dit",
     "to_diffusers",
@@ -125,6 +128,38 @@ def load_dit(
     so no second copy of the model is held; `loras` are merged into them on the way. Raises WeightsError that
     names the file and lists the keys at fault, WanmoeError for a LoRA that does not fit.
     """
+    dit, named, label, _ = open_dit(source, config)
+    expected = {name: tuple(p.shape) for name, p in dit.state_dict().items()}
+    merge = _merge(loras, expected) if loras else None
+    for name in expected:
+        tensor = named[name].read()
+        check_computable(name, tensor, dtype, label)
+        if merge is not None:
+            tensor = merge.apply(name, tensor.to(device), dtype)
+        # A copy even where nothing changes: a mapped file may be replaced under a running job.
+        tensor = tensor.to(device=device, dtype=dtype, copy=True)
+        module, _, leaf = name.rpartition(".")
+        setattr(dit.get_submodule(module), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+    return dit.eval()
+
+
+class OpenDiT(NamedTuple):
+    """A DiT whose weights are still on disk."""
+
+    dit: WanDiT
+    """On the meta device."""
+    named: dict[str, StoredTensor]
+    """By original name, just those of the model."""
+    label: str
+    whole: str | None
+    """A file that could only be opened by reading all of it, if there is one."""
+
+
+def open_dit(
+    source: str | os.PathLike[str] | Mapping[str, Tensor], config: WanConfig | None = None
+) -> OpenDiT:
+    """The model that `source` holds, checked against it, without its values; arguments and errors as in
+    `load_dit`."""
     weights = open_weights(source)
     named = _original_names(weights)
     if config is None:
@@ -133,21 +168,16 @@ def load_dit(
         dit = WanDiT(config)
     expected = {name: tuple(p.shape) for name, p in dit.state_dict().items()}
     check_tensors(expected, named, weights.label)
-    merge = _merge(loras, expected) if loras else None
-    for name in expected:
-        tensor = named[name].read()
-        if dtype is None and (not tensor.is_floating_point() or tensor.itemsize == 1):
-            raise WeightsError(
-                f"{weights.label}: {name} is stored as {tensor.dtype}, which cannot be computed in; "
-                "give a dtype to convert to, e.g. bfloat16"
-            )
-        if merge is not None:
-            tensor = merge.apply(name, tensor.to(device), dtype)
-        # A copy even where nothing changes: a mapped file may be replaced under a running job.
-        tensor = tensor.to(device=device, dtype=dtype, copy=True)
-        module, _, leaf = name.rpartition(".")
-        setattr(dit.get_submodule(module), leaf, torch.nn.Parameter(tensor, requires_grad=False))
-    return dit.eval()
+    return OpenDiT(dit, named, weights.label, weights.whole)
+
+
+def check_computable(name: str, tensor: Tensor, dtype: torch.dtype | None, label: str) -> None:
+    """Raises WeightsError where a stored tensor cannot be computed in and no dtype to convert to is given."""
+    if dtype is None and (not tensor.is_floating_point() or tensor.itemsize == 1):
+        raise WeightsError(
+            f"{label}: {name} is stored as {tensor.dtype}, which cannot be computed in; "
+            "give a dtype to convert to, e.g. bfloat16"
+        )
 
 
 def _merge(loras: Sequence[LoRASpec], expected: Mapping[str, tuple[int, ...]]) -> LoRAMerge:

@@ -7,7 +7,7 @@ import torch
 from wanmoe.moe_lora import AdapterConfig, RouterConfig, WanmoeError, attach
 from wanmoe.moe_lora.routing import LearnedRouter, RuleRouter, cap, learned_gates, pool_text, top_k
 from wanmoe.moe_lora.wan.dit import WanDiT
-from wanmoe.train.engine import RoutedDiT
+from wanmoe.train.routed import RoutedDiT
 from wanmoe.train.stages import STAGES
 
 SMALL = AdapterConfig(blocks=2, ffn_blocks=1)
