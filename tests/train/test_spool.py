@@ -1,0 +1,193 @@
+"""What waits to be sent outlives crashes at any place, and is neither lost nor doubled."""
+
+import errno
+import json
+import os
+import threading
+
+import pytest
+
+from wanmoe.moe_lora import WanmoeError
+from wanmoe.train.spool import Spool
+
+
+def log(spool: Spool, *steps: int) -> None:
+    for step in steps:
+        spool.append({"op": "metrics", "run": "r", "step": step})
+
+
+def waiting(spool: Spool) -> list[int]:
+    return [op["step"] for op in spool.peek(1000)]
+
+
+def test_operations_come_back_in_order_until_they_are_done(tmp_path):
+    spool = Spool(tmp_path)
+    log(spool, 1, 2, 3)
+    assert (
+        spool.waiting == 3 and waiting(spool) == [1, 2, 3] and [op["step"] for op in spool.peek(2)] == [1, 2]
+    )
+    spool.done(spool.peek(2))
+    log(spool, 4)
+    assert spool.waiting == 2 and waiting(spool) == [3, 4]
+    spool.close()
+    again = Spool(tmp_path)
+    assert again.waiting == 2 and waiting(again) == [3, 4]
+    log(again, 5)
+    again.done(again.peek(9))
+    assert again.waiting == 0 and waiting(again) == []
+    again.close()
+    assert (tmp_path / "spool.jsonl").read_text() == ""
+    last = Spool(tmp_path)
+    log(last, 6)
+    # Numbers go on where all is sent: what comes next is never taken for what is done.
+    assert last.peek(1)[0]["n"] == 6
+    last.close()
+
+
+def test_threads_append_whole_lines(tmp_path):
+    spool = Spool(tmp_path)
+    threads = [threading.Thread(target=log, args=(spool, *range(k, 400, 4))) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(waiting(spool)) == list(range(400))
+    assert [op["n"] for op in spool.peek(1000)] == list(range(1, 401))
+    spool.close()
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_lists_that_a_crash_cut_short_are_read_up_to_there(tmp_path, cut):
+    spool = Spool(tmp_path)
+    log(spool, 1, 2, 3)
+    spool.done(spool.peek(1))
+    spool.done(spool.peek(1))
+    spool.close()
+    spooled, sent = tmp_path / "spool.jsonl", tmp_path / "sent.jsonl"
+    spooled.write_text(spooled.read_text() + '{"op": "metrics", "run": "r", "n": 4, "step": 4}\n'[:-cut])
+    sent.write_text(sent.read_text() + '{"n": 3}\n'[: -min(cut, 9)])
+    again = Spool(tmp_path)
+    log(again, 5)
+    assert waiting(again) == [3, 5]
+    again.close()
+
+
+def test_an_acknowledgement_that_was_lost_sends_again_and_loses_nothing(tmp_path):
+    spool = Spool(tmp_path)
+    log(spool, 1, 2)
+    before = (tmp_path / "sent.jsonl").read_text()
+    spool.done(spool.peek(2))
+    (tmp_path / "sent.jsonl").write_text(before)
+    spool.close()
+    again = Spool(tmp_path)
+    assert waiting(again) == [1, 2]
+    again.close()
+
+
+def test_a_line_that_is_damaged_is_set_aside(tmp_path):
+    spool = Spool(tmp_path)
+    log(spool, 1, 2)
+    spool.close()
+    spooled = tmp_path / "spool.jsonl"
+    spooled.write_text(spooled.read_text().replace('"step": 1', '"step: 1') + "[]\n")
+    again = Spool(tmp_path)
+    assert waiting(again) == [2]
+    reasons = [json.loads(line)["reason"] for line in again.refused.read_text().splitlines()]
+    assert reasons == ["damaged on disk"] * 2
+    again.close()
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
+    spool = Spool(tmp_path)
+    log(spool, 1)
+    whole = spool._file
+
+    class Full:
+        def write(self, line):
+            return whole.write(line[:5])
+
+        def __getattr__(self, name):
+            return getattr(whole, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spool, "_file", Full())
+        with pytest.raises(
+            WanmoeError, match=f"spool.jsonl: could not be written .{os.strerror(errno.ENOSPC)}"
+        ):
+            log(spool, 2)
+    log(spool, 3)
+    assert waiting(spool) == [1, 3] and spool.waiting == 2
+    spool.close()
+
+
+def test_files_are_kept_as_they_were_until_they_are_sent(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    in_place, replaced = tmp_path / "config.toml", tmp_path / "adapter.safetensors"
+    ops = []
+    for path, whole in ((in_place, False), (replaced, True)):
+        path.write_text("old")
+        ops.append({"op": "artifact", "run": "r", "file": spool.keep(path, whole)})
+        spool.append(ops[-1])
+    assert (spool.folder / ops[1]["file"]).samefile(replaced)
+    in_place.write_text("new")
+    replaced.unlink()
+    replaced.write_text("new")
+    stray = spool.keep(in_place, False)
+    spool.close()
+    # A crash between the copy and the line that names it leaves a file that nobody needs.
+    assert not (tmp_path / "spool" / stray).exists()
+    again = Spool(tmp_path / "spool")
+    assert [(again.folder / op["file"]).read_text() for op in again.peek(2)] == ["old", "old"]
+    again.refuse(again.peek(1)[0], "no room")
+    again.done(again.peek(2))
+    assert len(list((again.folder / "files").iterdir())) == 1
+    again.retry_refused()
+    (op,) = again.peek(9)
+    assert (again.folder / op["file"]).read_text() == "old" and op["key"] == "r-1" and op["n"] == 3
+    again.done([op])
+    assert list((again.folder / "files").iterdir()) == []
+    again.close()
+
+
+def test_the_latest_run_and_whether_it_ended_is_known_over_openings(tmp_path):
+    spool = Spool(tmp_path)
+    assert spool.current is None and spool.ended and spool.touched is None
+    spool.append({"op": "run", "run": "a", "name": "x"})
+    spool.begun(spool.peek(1)[0], "id-a")
+    spool.done(spool.peek(1))
+    spool.close()
+    for _ in range(2):
+        spool = Spool(tmp_path)
+        assert spool.current["name"] == "x" and not spool.ended and spool.touched is not None
+        assert spool.runs["a"]["id"] == "id-a"
+        spool.close()
+    spool = Spool(tmp_path)
+    spool.append({"op": "status", "run": "a"})
+    assert spool.ended
+    spool.append({"op": "run", "run": "a"})
+    assert not spool.ended
+    spool.close()
+    spool = Spool(tmp_path)
+    assert not spool.ended
+    spool.begun(spool.current, "id-b")
+    assert spool.runs["a"]["ids"] == ["id-a", "id-b"]
+    spool.close()
+
+
+def test_a_folder_is_open_once(tmp_path):
+    spool = Spool(tmp_path)
+    with pytest.raises(WanmoeError, match="this process still logs or sends from here"):
+        Spool(tmp_path)
+    child = os.fork()
+    if child == 0:  # a forked worker neither holds the folder nor, at its end, gives it free
+        os._exit(0)
+    os.waitpid(child, 0)
+    spool.close()
+    Spool(tmp_path).close()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WanmoeError, match="could not be opened .Not a directory") as caught:
+        Spool(tmp_path / "file" / "spool")
+    assert "\n" not in str(caught.value)
