@@ -97,6 +97,16 @@ def train(
 
 
 @app.command()
+def track_sync(
+    run: Annotated[Path, typer.Option(help="Run folder whose run has ended.")],
+) -> None:
+    """Send to MLflow what it was away for."""
+    from ..train.tracking import sync
+
+    typer.echo(f"{run}: {sync(run)} operations sent")
+
+
+@app.command()
 def evaluate(
     dit: Annotated[Path, typer.Option(help="Base weights.")],
     shards: Annotated[
@@ -144,7 +154,7 @@ def main() -> None:
     except WanmoeError as error:
         rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
         sys.stderr.write(f"wanmoe: error{rank}: {error}\n")
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 def dashed(word: str) -> str:

@@ -22,7 +22,8 @@ else:
 
 # Paths in a config file are relative to the file, so that it can be run from anywhere.
 PATH_KEYS = (
-    *("model.dit", "model.adapter", "data.shards", "train.run", "launch.hostfile"),
+    *("model.dit", "model.adapter", "model.dit_high_noise", "model.adapter_high_noise"),
+    *("data.shards", "train.run", "launch.hostfile"),
     *("objective.classifier", "objective.vae", "objective.lpips"),
 )
 

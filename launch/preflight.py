@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from ..moe_lora import WanmoeError
+from ..moe_lora import AdapterConfig, WanmoeError
 from ..moe_lora.adapter_file import is_adapter, read_adapter
 from ..moe_lora.wan.weights import read_dit_config
 from ..train import ShardDataset
+from ..train.config import TrainerConfig
 from ..train.data.batch import LabelGates, check_labels
-from ..train.engine import check_versions
-from ..train.model import check_router
+from ..train.model import check_router, side_configs
+from ..train.ranks import check_versions
 from ..train.stages import STAGES, stage_name
 from .config import Config
 
@@ -16,11 +17,21 @@ from .config import Config
 def preflight(config: Config) -> None:
     """Raises WanmoeError for missing files, damaged shards or a stage that lacks what it needs."""
     check_versions()
+    experts = config.adapter
+    for name, one in side_configs(config).items():
+        experts = _check_model(one, "_high_noise" if name == "high" and config.model.dit_high_noise else "")
+    _check_data(config, experts)
+
+
+def _check_model(config: TrainerConfig, suffix: str) -> AdapterConfig:
+    """Checks the files of one model, whose keys end in `suffix`; returns the adapter that will train."""
     stage, model = config.train.stage, config.model
     if model.dit is not None and not model.dit.exists():
-        raise WanmoeError(f"model.dit: {model.dit} does not exist")
+        raise WanmoeError(f"model.dit{suffix}: {model.dit} does not exist")
     if model.dit is not None and is_adapter(model.dit):
-        raise WanmoeError(f"model.dit: {model.dit} is an adapter; it goes under model.adapter")
+        raise WanmoeError(
+            f"model.dit{suffix}: {model.dit} is an adapter; it goes under model.adapter{suffix}"
+        )
     if stage == "pretrain" and model.adapter is not None:
         raise WanmoeError("model.adapter: stage pretrain trains the base and takes no adapter")
     if stage != "pretrain" and model.dit is None:
@@ -30,7 +41,7 @@ def preflight(config: Config) -> None:
     if model.adapter is None and (stage == "c" or config.train.freeze_base):
         before = "a" if stage == "b" else "b"
         raise WanmoeError(
-            f"model.adapter is missing: stage {stage} starts from the adapter of stage {before}"
+            f"model.adapter{suffix} is missing: stage {stage} starts from the adapter of stage {before}"
             + (", or trains a base of its own without train.freeze_base" if stage == "b" else "")
         )
     experts = config.adapter
@@ -38,8 +49,8 @@ def preflight(config: Config) -> None:
         info = read_adapter(model.adapter)[0]
         if stage == "c" and info.stage == "a":
             raise WanmoeError(
-                f"model.adapter: {model.adapter} is of stage a, whose experts are all zero; stage c starts "
-                "from the adapter of stage b"
+                f"model.adapter{suffix}: {model.adapter} is of stage a, whose experts are all zero; stage c "
+                "starts from the adapter of stage b"
             )
         experts = info.adapter
     if stage != "pretrain":
@@ -47,6 +58,11 @@ def preflight(config: Config) -> None:
     spec = STAGES[stage_name(config)]
     if "base" in spec.trains and model.dit is not None:
         experts.check_base_trains(read_dit_config(model.dit)[0].num_layers)
+    return experts
+
+
+def _check_data(config: Config, experts: AdapterConfig) -> None:
+    stage, spec = config.train.stage, STAGES[stage_name(config)]
     if config.data.reader == "streaming" and config.data.balanced and spec.routing in ("labels", "router"):
         raise WanmoeError(
             "data.balanced: a stream cannot be balanced over the instruments; set data.balanced = false, or "

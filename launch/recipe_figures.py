@@ -15,10 +15,10 @@ from ..moe_lora.adapter import Part
 from ..moe_lora.adapter_file import read_adapter
 from ..train.data.batch import Batch, LabelGates
 from ..train.data.shards import ShardDataset
-from ..train.engine import Routed, RoutedDiT
 from ..train.judges.judge import Classifier, Detector, load_classifier, load_detector
 from ..train.judges.measures import pad_tips, pck, true_tips
 from ..train.regenerate import regenerate
+from ..train.routed import Routed, RoutedDiT
 from ..train.stages import STAGES, StageSpec
 from ..train.validate import HeldOut, held_out_errors
 

@@ -188,6 +188,7 @@ def test_the_commands_of_the_page_on_kernels(tmp_path):
         "docs/data.md",
         "docs/training.md",
         "docs/recipes.md",
+        "docs/tracking.md",
         "docs/kernels.md",
         "csrc/README.md",
         "kernels/lora_moe/README.md",

@@ -9,100 +9,45 @@ is never resumed from. Nothing frozen is in it and it does not depend on the wor
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_get_local_fp32_param,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..moe_lora import WanmoeError
 from ..moe_lora.files import file_sha256
-from .engine import MOMENTS, allocate_moments
 
 FORMAT = "wanmoe-resume/1"
 FILES = ("state.safetensors", "trainer.json")
 
 
-def gather_parameters(trainable: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """fp32 masters of the trainable parameters on the host; a collective, and the frozen ones are not
-    touched."""
-    return {name: _whole(p, safe_get_full_fp32_param(p)) for name, p in trainable.items()}
-
-
-def gather_state(trainable: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Masters and Adam moments by `param/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>`; a collective."""
-    state = {f"param/{name}": value for name, value in gather_parameters(trainable).items()}
-    for name, parameter in trainable.items():
-        for key in MOMENTS:
-            state[f"{key}/{name}"] = _whole(parameter, safe_get_full_optimizer_state(parameter, key))
-    return state
-
-
-def _whole(parameter: nn.Parameter, value: Tensor | None) -> Tensor:
-    if value is None:
-        raise ValueError("a parameter is not in the engine's optimizer")
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    # A copy: DeepSpeed may hand out a view of its live buffer.
-    return value.detach().to("cpu", torch.float32, copy=True).view(shape)
-
-
-def restore_state(
-    engine: Any, trainable: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], step: int
-) -> None:
-    """Puts gathered masters and moments back into a fresh engine, at any world size."""
-    allocate_moments(engine, step)
-    set_masters(trainable, {name: state[f"param/{name}"] for name in trainable})
-    for name, parameter in trainable.items():
-        for key in MOMENTS:
-            _set(parameter, state[f"{key}/{name}"], key)
-
-
-def set_masters(trainable: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    """Sets the fp32 masters: in bf16 the engine makes them of rounded parameters."""
-    for name, parameter in trainable.items():
-        _set(parameter, values[name], None)
-
-
-def _set(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
-    # ZeRO-3 pads a parameter that does not divide by the world size; its own setter for whole values does
-    # not.
-    local = safe_get_local_fp32_param(parameter)
-    size, rank = local.numel(), torch.distributed.get_rank()
-    part = value.flatten()[size * rank : size * (rank + 1)].to(local.device)
-    part = torch.nn.functional.pad(part, (0, size - part.numel()))
-    if key is None:
-        safe_set_local_fp32_param(parameter, part)
-    else:
-        safe_set_local_optimizer_state(parameter, part, key)
-
-
 def commit(
-    folder: Path, tensors: dict[str, Tensor], trainer: dict[str, Any], keep: int, spare: int | None = None
+    folder: Path, tensors: dict[str, Tensor], trainer: dict[str, Any], keep: int, spare: Collection[int] = ()
 ) -> Path:
-    """Writes one resume state (rank 0 only) and prunes the older ones to `keep`; that of step `spare` stays.
+    """Writes one resume state (rank 0 only) and prunes the older ones to `keep`; those of the steps
+    `spare` stay.
 
     Raises:
         WanmoeError: no space left or not writable; earlier states are untouched and nothing half-written
         stays.
     """
     target = state_of(folder, trainer["step"])
+    if target.exists() and _verify(target) is None:
+        return target  # a finished run that was started again
     staging = folder / f".tmp-{uuid.uuid4().hex[:12]}"
+    needed = sum(value.nbytes for value in tensors.values())
     try:
         staging.mkdir(parents=True)
+        if (free := shutil.disk_usage(folder).free) < needed:
+            raise OSError(errno.ENOSPC, f"it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free")
         save_file(tensors, staging / FILES[0], metadata={"format": FORMAT})
         (staging / FILES[1]).write_text(json.dumps(trainer, indent=1))
         sums = {name: file_sha256(staging / name) for name in FILES}
@@ -110,7 +55,7 @@ def commit(
         for path in staging.iterdir():
             _fsync(path)
         _fsync(staging)
-        if target.exists():
+        if target.exists():  # a damaged one
             shutil.rmtree(target)
         os.rename(staging, target)
         _fsync(folder)
@@ -121,10 +66,11 @@ def commit(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     before = [state for state in states(folder) if state < target]
+    spared = [state_of(folder, step) for step in spare]
     # A later state belongs to an attempt that this one replaces.
     stale = [state for state in states(folder) if state > target]
     for old in (*before[: max(len(before) + 1 - keep, 0)], *stale):
-        if spare is None or old != state_of(folder, spare):
+        if old not in spared:
             shutil.rmtree(old)
     return target
 
@@ -132,6 +78,14 @@ def commit(
 def state_of(folder: Path, step: int) -> Path:
     """Where the state of a step lies."""
     return folder / f"step_{step:08d}"
+
+
+def clear_leftovers(run: Path) -> None:
+    """Removes what a kill in the middle of a write has left in a run folder: nothing of it was ever valid."""
+    for folder in (run / "resume").glob(".tmp-*"):
+        shutil.rmtree(folder)
+    for file in run.glob(".*.partial"):
+        file.unlink()
 
 
 def set_aside(folder: Path) -> Path | None:

@@ -31,6 +31,11 @@ class ModelConfig(Section):
     adapter: Path | None = None
     """Adapter file that this stage starts from (stage c: the file of b; stage b: that of a, if
     any)."""
+    dit_high_noise: Path | None = None
+    """Weights of the high-noise model. With them both models train in one job, each with its own adapter,
+    and `dit` is the low-noise one."""
+    adapter_high_noise: Path | None = None
+    """As `adapter`, for the high-noise model of such a job."""
     any_base: bool = False
     """Take the adapter although it was trained on another base, task or noise expert."""
 
@@ -38,6 +43,12 @@ class ModelConfig(Section):
     def _one_base(self) -> ModelConfig:
         if (self.preset is None) == (self.dit is None):
             raise ValueError("give exactly one of model.dit (weights) and model.preset (random weights)")
+        if self.dit_high_noise is None and self.adapter_high_noise is not None:
+            raise ValueError("model.adapter_high_noise needs model.dit_high_noise")
+        if self.dit_high_noise is not None and (self.dit is None or self.noise_expert != "both"):
+            raise ValueError(
+                'model.dit_high_noise needs the low-noise model under model.dit, and noise_expert = "both"'
+            )
         return self
 
 
@@ -86,6 +97,9 @@ class ObjectiveConfig(Section):
     """The clips of a global batch draw t from equal shares of the distribution, one each."""
     t_range: tuple[float, float] | None = None
     """Slice of the distribution that is drawn from; default [0, 1], with `train.freeze_base` [0.2, 1]."""
+    high_share: float | None = Field(None, gt=0, lt=1)
+    """Where both models train (`model.dit_high_noise`): part of the steps that go to the high-noise one;
+    default: what its side of the boundary has of the distribution of t."""
     diffusion: float | None = Field(None, ge=0)
     """Weight of the flow-matching error. Default 1."""
     roi: float | None = Field(None, ge=0)
@@ -138,6 +152,8 @@ class OptimizerConfig(Section):
 
     lr: float | None = Field(None, gt=0)
     """Default by stage: pretrain 1e-3, a 1e-4, b 1e-4 (with freeze_base 5e-5), c 1e-3."""
+    lr_high_noise: float | None = Field(None, gt=0)
+    """Of the high-noise model where both train; default: as `lr`."""
     base_lr: float | None = Field(None, gt=0)
     """Of a base adapter that trains beside the experts in stage b; default: as `lr`."""
     router_lr: float | None = Field(None, gt=0)
@@ -168,6 +184,12 @@ class TrainConfig(Section):
     router 30; 15 and 20 with freeze_base), c 5."""
     accumulation: int = Field(1, ge=1)
     """Forwards per optimizer step and rank."""
+    global_batch: int | None = Field(None, ge=1)
+    """Clips per optimizer step over all ranks, in place of `accumulation`: the same run on another number of
+    ranks."""
+    sequence_parallel: int = Field(1, ge=1)
+    """Consecutive ranks that share each clip, its tokens split among them: for clips too long for one card. A
+    divisor of the model's attention heads (A14B: 2, 4, 5 or 8) and of the ranks."""
     seed: int = Field(0, ge=0)
     train_router: bool = False
     """In stage b, train a learned router together with the experts, taught by the labels."""
@@ -184,19 +206,31 @@ class TrainConfig(Section):
     """Metric that validation logs and that should fall, such as `val/loss` or `val/roi`: the adapter file
     keeps its best, and training ends after `patience` validations without a better one."""
     patience: int = Field(5, ge=1)
+    sample_every: int = Field(0, ge=0)
+    """Steps between videos of held-out captions, one for each instrument, made by all ranks together; 0:
+    none. Needs a codec under `objective.vae`."""
+    sample_steps: int = Field(20, ge=1)
+    """Denoising steps of such a video."""
     save_every: int = Field(0, ge=0)
     """Steps between resume states; 0: only when stopped and at the end."""
     keep: int = Field(2, ge=1)
     """Resume states kept."""
+    save_failure: Literal["stop", "go_on"] = "stop"
+    """What a save that fails on the way (a full disk) means; the last one of a run always ends it."""
     resume: bool = True
     """Continue from the run folder's newest valid resume state, if there is one."""
     max_bad_steps: int = Field(5, ge=1)
     """Stop after this many steps in a row with a non-finite loss; each is skipped on all ranks."""
+    timeout: float = Field(1800, gt=0)
+    """Seconds without a step, a validation or a save, after which a rank writes its stacks and ends the job
+    with exit code 75."""
 
     @model_validator(mode="after")
     def _checked(self) -> TrainConfig:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give train.steps or train.epochs, not both")
+        if self.global_batch is not None and self.accumulation != 1:
+            raise ValueError("give train.global_batch or train.accumulation, not both")
         if self.early_stop is not None and not self.val_every:
             raise ValueError("train.early_stop needs validations: set train.val_every")
         if self.stage != "b" and (self.train_router or self.freeze_base):
@@ -205,8 +239,11 @@ class TrainConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    """Section `deepspeed`: any key of DeepSpeed's own config; ZeRO stage 3 is what the engine is built on."""
+    """Section `deepspeed`: how the models are held, and any key of DeepSpeed's own config."""
 
+    zero: Literal["auto", 0, 1, 2, 3] = "auto"
+    """ZeRO stage. 3 shards the base over the ranks; 0 to 2 keep a whole copy on each. auto: whole copies (1,
+    on one rank 0) where they take at most 60 % of a card's memory, else 3."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Merged over the settings that are derived from the model."""
 
@@ -220,6 +257,12 @@ class TrackingConfig(Section):
     experiment: str = "wanmoe"
     name: str | None = None
     """Name of the MLflow run; default: name of the run folder."""
+    registered_model: str | None = Field(None, pattern=r"""^[^/:'"]+$""")
+    """Registered model that every finished adapter becomes a version of; default: none is registered."""
+    system_metrics_every: float = Field(30.0, ge=0)
+    """Seconds between two figures of CPU, memory, disk, network and GPUs of rank 0's host; 0: none."""
+    close_wait: float = Field(20.0, ge=0)
+    """Seconds that the end of a run waits at most until MLflow has what is left; more is kept for later."""
 
 
 class TrainerConfig(Section):
@@ -234,3 +277,14 @@ class TrainerConfig(Section):
     train: TrainConfig
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _samples(self) -> TrainerConfig:
+        if self.train.sample_every and self.objective.vae is None:
+            raise ValueError("train.sample_every needs a codec that decodes: set objective.vae")
+        if self.train.sample_every and self.model.noise_expert != "both":
+            raise ValueError(
+                "train.sample_every: a video takes both models, and this job trains the "
+                f"{self.model.noise_expert}-noise one alone; give model.dit_high_noise beside model.dit"
+            )
+        return self

@@ -19,8 +19,8 @@ from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weights import dit_hash, load_dit
 from .data.batch import Batch, LabelGates, main_instrument
 from .data.shards import ShardDataset
-from .engine import Routed, RoutedDiT
 from .model import side_of
+from .routed import Routed, RoutedDiT
 from .stages import STAGES, StageSpec
 from .validate import LEVELS, HeldOut, held_out_errors, levels_within
 

@@ -65,6 +65,12 @@ class Feed:
             self.report(step, made.faults)
         return made
 
+    def decide(self, choice: int) -> int:
+        """The choice of rank 0, for all."""
+        told = torch.tensor([choice])
+        dist.broadcast(told, 0, group=self._group)
+        return int(told)
+
     def report(self, step: int, own: Sequence[Fault]) -> None:
         """Names what any rank could not read; too many of them over the run are an error on all ranks."""
         for fault in (fault for part in self.gather(list(own)) for fault in part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from ..moe_lora.files import file_sha256
 from ..moe_lora.wan.config import WanConfig
 from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weight_files import weight_files
-from ..moe_lora.wan.weights import dit_hash, load_dit
+from ..moe_lora.wan.weights import dit_hash, load_dit, open_dit, read_dit_config
 from .config import TrainerConfig
 from .data.shards import ShardIndex
+from .sliced import Sliced
 from .stages import STAGES, StageSpec, stage_name
 
 # Keys of the adapter that may change from stage to stage.
@@ -25,14 +27,65 @@ OF_A_STAGE = ("rank_dropout", "module_dropout", "expert_init")
 _LOUDNESS = ("time_gate", "bands", "floor")
 
 
-def load_model(config: TrainerConfig, dtype: torch.dtype | None = None) -> tuple[WanDiT, Adapter | None]:
+def side_configs(config: TrainerConfig) -> dict[str, TrainerConfig]:
+    """The config of each model of a job by its noise expert: one, or "high" and "low" where both train."""
+    model = config.model
+    if model.dit_high_noise is None:
+        return {model.noise_expert: config}
+    optimizer = config.optimizer
+    rate = optimizer.lr if optimizer.lr_high_noise is None else optimizer.lr_high_noise
+    one = {"dit_high_noise": None, "adapter_high_noise": None}
+    files = {"dit": model.dit_high_noise, "adapter": model.adapter_high_noise}
+    high = {
+        "model": model.model_copy(update=one | files | {"noise_expert": "high"}),
+        "optimizer": optimizer.model_copy(update={"lr": rate}),
+    }
+    low = {"model": model.model_copy(update=one | {"noise_expert": "low"})}
+    return {"high": config.model_copy(update=high), "low": config.model_copy(update=low)}
+
+
+def base_elements(config: TrainerConfig) -> int:
+    """Elements of the base of one model, from headers alone."""
+    with torch.device("meta"):
+        if config.model.dit is None:
+            dit = WanDiT(WanConfig.preset(str(config.model.preset)))
+        else:
+            dit = WanDiT(read_dit_config(config.model.dit)[0])
+    return sum(p.numel() for p in dit.parameters())
+
+
+def open_shards(
+    config: TrainerConfig, dtype: torch.dtype | None, say: Callable[[str], object]
+) -> Sliced | None:
+    """The base, left on disk for ZeRO-3 to read its shards from; None where it has to be loaded whole.
+
+    That is so where all of it trains, and for a file that can only be read whole, of which `say` is told.
+    """
+    if config.model.dit is None or config.train.stage == "pretrain":
+        return None
+    opened = open_dit(config.model.dit)
+    if opened.whole is None:
+        return Sliced(opened, dtype)
+    say(
+        f"warning: {opened.whole} is in the torch format of before 1.6, which can only be read whole: every "
+        "rank holds the model while it starts; save it with torch.save once more, or as safetensors"
+    )
+    return None
+
+
+def load_model(
+    config: TrainerConfig, dtype: torch.dtype | None = None, shards: Sliced | None = None
+) -> tuple[WanDiT, Adapter | None]:
     """(frozen DiT with its adapter attached, the adapter) as a config asks for.
 
     Args:
         dtype: of the base weights; None keeps that of the file. Adapters are fp32 all the same.
+        shards: a base that is read later.
     """
     model = config.model
-    if model.dit is None:
+    if shards is not None:
+        dit = shards.dit
+    elif model.dit is None:
         torch.manual_seed(config.train.seed)
         dit = WanDiT(WanConfig.preset(str(model.preset)))
     else:
@@ -200,3 +253,17 @@ def side_range(config: TrainerConfig, spec: StageSpec, boundary: float) -> tuple
             f"{config.model.noise_expert} noise expert"
         )
     return low, high
+
+
+def with_accumulation(config: TrainerConfig, world: int) -> TrainerConfig:
+    """The config with the forwards per step that `train.global_batch` asks for on this many ranks."""
+    wanted, at_once = config.train.global_batch, world * config.data.batch
+    if wanted is None:
+        return config
+    if wanted % at_once:
+        raise WanmoeError(
+            f"train.global_batch = {wanted} does not divide among {world} ranks of data.batch = "
+            f"{config.data.batch}; take a multiple of {at_once}"
+        )
+    train = config.train.model_copy(update={"accumulation": wanted // at_once})
+    return config.model_copy(update={"train": train})

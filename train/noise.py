@@ -27,6 +27,12 @@ def draw_t(u: Tensor, config: ObjectiveConfig, t_range: tuple[float, float]) -> 
     return t.clamp(*t_range).float()
 
 
+def share_above(boundary: float, config: ObjectiveConfig, t_range: tuple[float, float]) -> float:
+    """What lies above a noise level of the distribution of t within a range."""
+    low, middle, high = (_quantile_of(t, config) for t in (t_range[0], boundary, t_range[1]))
+    return min(max((high - middle) / (high - low), 0.0), 1.0)
+
+
 def _t_of(u: Tensor, config: ObjectiveConfig) -> Tensor:
     if config.t_sampling in ("logit_normal", "sigmoid", "shift"):
         mean = config.t_mean if config.t_sampling == "logit_normal" else 0.0

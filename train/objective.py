@@ -28,7 +28,7 @@ from .stages import ROUTER_TERMS, StageSpec, Term, loss_weights
 
 if TYPE_CHECKING:
     from .data.shards import ShardIndex
-    from .engine import Routed
+    from .routed import Routed
 
 # Text-only prompts that teach a router in one step, over all ranks and forwards.
 PROMPTS = 256
@@ -422,13 +422,7 @@ class Objective:
             raise WanmoeError(
                 f"{self.config.classifier}: judges pixels, so a codec is needed: set objective.vae"
             )
-        codec = load_vae(self.config.vae, device=self.device)
-        if codec.fingerprint != shards.manifest["codec"]["fingerprint"]:
-            raise WanmoeError(
-                f"objective.vae = {self.config.vae}: another codec than that of {shards.root}, "
-                f"{shards.manifest['codec']['name']}"
-            )
-        return codec
+        return open_codec(self.config.vae, shards, self.device)
 
     def _router_prompts(self, shards: ShardIndex, gates: LabelGates) -> PromptSampler | None:
         prompts = shards.router_prompts() if "teacher_kl" in self.weights else None
@@ -465,3 +459,14 @@ def _check_parts(shards: ShardIndex, weights: dict[Term, float]) -> None:
                 f"{lacking[0]}, which objective.{term} = {weights[term]:g} needs; {way} set "
                 f"objective.{term} = 0"
             )
+
+
+def open_codec(path: str, shards: ShardIndex, device: torch.device) -> Codec:
+    """The codec of `objective.vae`; raises WanmoeError unless the shards were made with it."""
+    codec = load_vae(path, device=device)
+    if codec.fingerprint != shards.manifest["codec"]["fingerprint"]:
+        raise WanmoeError(
+            f"objective.vae = {path}: another codec than that of {shards.root}, "
+            f"{shards.manifest['codec']['name']}"
+        )
+    return codec

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 from torch import Tensor
 
+from ..kernels.lora_moe import table
 from ..moe_lora import WanmoeError
 from . import checkpoint
 from .config import TrainerConfig
+from .model import local_files
+from .ranks import agree
 from .stages import stage_name
 from .tracking import flatten
+
+if TYPE_CHECKING:
+    from .data.loader import TrainBatches
+    from .side import Side
+    from .zero import Plan
 
 # Settings that change what is learned: a resume with others is another run.
 LEARNING: dict[str, Any] = {
@@ -34,6 +42,8 @@ def find(
 ) -> tuple[Path | None, dict[str, Tensor] | None, dict[str, Any]]:
     """(folder, tensors, trainer.json) of the newest state that verifies, or nothing for a fresh start."""
     folder = run / "resume"
+    if rank == 0:
+        checkpoint.clear_leftovers(run)
     if not resume:
         if rank == 0 and (aside := checkpoint.set_aside(folder)):
             say(f"starting afresh; the states of the earlier run are in {aside}")
@@ -48,7 +58,10 @@ def write_config(config: TrainerConfig, run: Path, steps: int) -> dict[str, Any]
     """Writes `config.toml` into a run folder and returns what it holds."""
     dump = config.model_dump(mode="json", exclude_none=True)
     dump["train"]["steps"] = steps
-    dump["train"].pop("epochs", None)  # a config that is given back says one of the two
+    # A config that is given back says one of each two.
+    dump["train"].pop("epochs", None)
+    if config.train.global_batch is not None:
+        dump["train"].pop("accumulation")
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.toml").write_text(tomli_w.dumps(dump))
     return dump
@@ -62,12 +75,37 @@ def identity(config: TrainerConfig, **facts: Any) -> dict[str, Any]:
     return {"stage": stage_name(config), "seed": config.train.seed, **facts, **learned}
 
 
+def agree_on_start(
+    config: TrainerConfig, state: Path | None, sides: Sequence[Side], batches: TrainBatches, plan: Plan
+) -> None:
+    """Raises WanmoeError on every rank unless all would start alike; a collective.
+
+    Paths may differ between nodes; what lies there may not, as far as a quick look tells.
+    """
+    paths: dict[str, Any] = {
+        "model": {"dit", "adapter", "dit_high_noise", "adapter_high_noise"},
+        "data": {"shards"},
+        "train": {"run"},
+        "objective": PLACES,
+        "launch": True,
+    }
+    dump = flatten(config.model_dump(mode="json", exclude=paths))
+    settings = {f"the config's {key}": value for key, value in dump.items()} | {
+        "the resume state": state and state.name,
+        "the tuned table of the kernels": table.digest(sides[0].device),
+        "the order of the samples": [batches.order.batch(step) for step in range(16)],
+        "how the models are held": plan.stage,
+    }
+    files = {side.prefix + key: value for side in sides for key, value in local_files(side.config).items()}
+    agree(settings | files)
+
+
 def check(
     run: Path,
     state: Mapping[str, Tensor],
     trainer: Mapping[str, Any],
     own: Mapping[str, Any],
-    trainable: Mapping[str, Any],
+    trainable: Collection[str],
 ) -> None:
     """Raises WanmoeError unless a state belongs to this run: same identity, same parameters."""
     for key, value in own.items():
@@ -76,7 +114,9 @@ def check(
                 f"{run}/resume: belongs to another run ({key} was {trainer.get(key)!r}, is {value!r}); "
                 f"{CHOOSE}"
             )
-    other = sorted({name.split("/", 1)[1] for name in state} ^ set(trainable))
+    kinds = ("param/", "exp_avg/", "exp_avg_sq/")
+    found = {name.replace(kind, "", 1) for name in state for kind in kinds if kind in name}
+    other = sorted(found ^ set(trainable))
     if other:
         raise WanmoeError(
             f"{run}/resume: {len(other)} parameters differ from this config's, e.g. {other[0]}; {CHOOSE}"

@@ -19,7 +19,7 @@ from .losses import flow_matching_loss, roi_error, squared_error
 from .noise import noised, sample_generator
 
 if TYPE_CHECKING:
-    from .engine import Routed
+    from .routed import Routed
 
 # Quantiles of t within the side that a model serves.
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -59,6 +59,7 @@ def held_out_errors(
     batch: int = 8,
     device: torch.device | str = "cpu",
     faults: list[Fault] | None = None,
+    shared_by: int = 1,
 ) -> HeldOut:
     """Errors per clip and noise level, whole on every rank of the process group if there is one.
 
@@ -67,9 +68,12 @@ def held_out_errors(
             needs.
         faults: takes the clips that this rank could not read; without it the first of them is raised as
             ShardError.
+        shared_by: consecutive ranks that share each clip (`WanDiT.sequence`) and find the same.
     """
     distributed = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    counts = rank % shared_by == 0
+    rank, world = rank // shared_by, world // shared_by
     experts, columns = len(gates.rule.experts), len(levels)
     # Per clip: the error at each level, that of its region, its gates, and whether it was read and has one.
     figures = torch.zeros(len(dataset), 2 * columns + experts + 2, device=device)
@@ -98,7 +102,7 @@ def held_out_errors(
             region = samples[index].roi
             figures[index, -1] = float(region is not None and bool(region.any()))
     if distributed:
-        dist.all_reduce(figures)
+        dist.all_reduce(figures.mul_(float(counts)))
     loss, roi, kept, read, region = figures.cpu().split([columns, columns, experts, 1, 1], dim=1)
     return HeldOut(loss, roi, kept, read[:, 0] > 0, region[:, 0] > 0)
 

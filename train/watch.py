@@ -30,7 +30,8 @@ class Watch:
     Args:
         labels: index of the main instrument of each held-out clip, -1 without one.
         tracker: None on other ranks than 0.
-        best: what `state` of an earlier attempt said.
+        best: what `best` of an earlier attempt said.
+        side: "high/" or "low/" before every figure, where two models train.
     """
 
     def __init__(
@@ -42,7 +43,10 @@ class Watch:
         tracker: Tracker | None,
         say: Callable[[str], object],
         best: Mapping[str, Any] | None = None,
+        side: str = "",
     ) -> None:
+        self.side = side
+        self.tag = f" [{side.rstrip('/')}]" if side else ""
         self.config, self.spec, self.experts, self.labels = config, spec, list(experts), list(labels)
         self.tracker, self.say = tracker, say
         self.best: dict[str, Any] = dict(best or {})
@@ -52,21 +56,22 @@ class Watch:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Figures of one step, and a word where the experts collapse."""
         if self.tracker is not None:
-            self.tracker.log(step, {key: value for key, value in values.items() if math.isfinite(value)})
+            finite = {key: value for key, value in values.items() if math.isfinite(value)}
+            self.tracker.log(step, {self.side + key: value for key, value in finite.items()})
         if "train/loss" in values:
-            self.say(f"step {step}: {_train_line(values, self.experts)}")
+            self.say(f"step {step}{self.tag}: {_train_line(values, self.experts)}")
         if self.spec.routing not in ("labels", "router") or "load/entropy" not in values:
             return
         alarm = collapse(dict(values), self.experts, self.spec.routing == "router")
         if alarm is not None and not self._alarmed:  # said once, until it has passed
-            self.say(f"step {step}: {alarm}")
+            self.say(f"step {step}{self.tag}: {alarm}")
         self._alarmed = alarm is not None
 
     def validated(self, step: int, held_out: HeldOut, levels: Sequence[float]) -> bool:
         """Logs a validation; returns whether it is the best so far (where early stopping asks)."""
         values = self._figures(held_out, levels)
         self.log(step, values)
-        self.say(f"step {step}: {_held_out_line(values, self.experts)}")
+        self.say(f"step {step}{self.tag}: {_held_out_line(values, self.experts)}")
         if self.spec.routing in ("labels", "router"):
             self._draw(step, held_out)
         return self._is_best(step, values)
@@ -106,7 +111,7 @@ class Watch:
         owners = torch.tensor(self.labels)
         members = [held_out.read & (owners == index) for index in range(len(self.experts))]
         rows = torch.stack([held_out.gates[own].mean(0) for own in members])
-        path = self.tracker.path.parent / "plots" / f"gates-{step:06d}.png"
+        path = self.tracker.path.parent / "plots" / f"gates-{self.side.replace('/', '-')}{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         title = f"mean gates of the held-out clips, step {step}"
         draw_gate_matrix(path, rows, self.experts, self.experts, title)
@@ -128,7 +133,7 @@ class Watch:
             self.best |= {"since": self.best["since"] + 1, "seen": step}
         if self.ended:
             self.say(
-                f"step {step}: {metric} has not fallen below {self.best['value']:.4f} of step "
+                f"step {step}{self.tag}: {metric} has not fallen below {self.best['value']:.4f} of step "
                 f"{self.best['step']} in {self.best['since']} validations; training ends, that step is kept"
             )
         return False

@@ -31,6 +31,7 @@ OPTIONS = {
     "train": "config",
     "train-classifier": "shards out config space vae steps batch lr seed device",
     "train-detector": "shards out steps batch lr seed device",
+    "track-sync": "run",
     "evaluate": "dit shards adapter wrong-expert out",
     "generate": "prompt prompts model dit dit-high-noise vae text t5 tokenizer clip task output-path "
     "lora-moe-weights lora-moe-config-file fold-timestep lora instrument-hint mix schedule ema "

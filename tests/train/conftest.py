@@ -1,8 +1,15 @@
 """A small set of labelled shards, a base and configs that train on it in a second or two a run."""
 
+import multiprocessing
+import os
+import runpy
+import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +30,7 @@ from wanmoe.train.data.shards import ShardDataset
 from wanmoe.train.judges.judge import Classifier, JudgeInfo, save_judge
 
 NAMES = ("Scissors", "Hook/Electrocautery", "Suction", "Other")
+SERVER = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 STAND_IN = {"name": "test", "fingerprint": "0" * 64, "stand_in": True}
 CONFIG = WanConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=3, text_dim=16, text_len=8, freq_dim=16)
 
@@ -90,6 +98,7 @@ def config(shards, base, tmp_path) -> dict:
         "objective": {"identity": 0},
         "optimizer": {"lr": 1e-2, "warmup_steps": 2},
         "train": {"stage": "a", "run": str(tmp_path / "run"), "steps": 6, "log_every": 1},
+        "deepspeed": {"zero": 3},
         "tracking": {"enabled": False},
         "launch": {"ranks": 2},
     }
@@ -122,10 +131,128 @@ def run(tree: dict, path: Path) -> str:
     return output
 
 
+class Ranks:
+    """Starts ranks of the real Trainer as forks of a server that has imported torch and DeepSpeed already: a
+    second each, where the launcher takes ten."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["torch", "deepspeed", "wanmoe.train.loop"])
+
+    def start(self, tree: dict, world: int | None = None, **job) -> list:
+        """The processes; what they print goes to one file, `job` is told in rank_process.py."""
+        world = world or tree.get("launch", {}).get("ranks", 1)
+        log, port = self.folder / f"{tree['train']['stage']}-{free_port()}.log", free_port()
+        jobs = [
+            {"config": tree, "rank": rank, "world": world, "port": port, "log": str(log), **job}
+            for rank in range(world)
+        ]
+        program = str(Path(__file__).with_name("rank_process.py"))
+        started = [
+            self.context.Process(
+                target=runpy.run_path, args=(program,), kwargs={"init_globals": {"JOB": one}}
+            )
+            for one in jobs
+        ]
+        # For the server, which the first start brings up. The launcher's PATH: another ninja than its own
+        # would compile DeepSpeed's collectives anew, and be followed by it.
+        wanted = SERVER | {"PATH": environment(LaunchConfig(ranks=1))["PATH"]}
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+        try:
+            for process in started:
+                process.log = log
+                process.start()
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+        return started
+
+    def join(self, started: list) -> tuple[list[int | None], str]:
+        """(exit codes, what the ranks said), once all have ended; one that does not is killed."""
+        for process in started:
+            process.join(timeout=300)
+        for process in started:
+            process.kill()
+            process.join()
+        return [process.exitcode for process in started], started[0].log.read_text(errors="replace")
+
+    def run(self, tree: dict, world: int | None = None, **job) -> str:
+        """What the ranks said, all of which must end well."""
+        codes, text = self.join(self.start(tree, world, **job))
+        assert set(codes) == {0}, text[-4000:]
+        return text
+
+    def fail(self, tree: dict, world: int | None = None) -> str:
+        """What the ranks said, none of which may end well."""
+        codes, text = self.join(self.start(tree, world))
+        assert 0 not in codes and None not in codes, text[-4000:]
+        return text
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory) -> Ranks:
+    """`run` a training config on some ranks of this machine, without the launcher."""
+    return Ranks(tmp_path_factory.mktemp("ranks"))
+
+
 @pytest.fixture(scope="session")
 def launcher() -> SimpleNamespace:
     """`start` and `run` of a training config under the deepspeed launcher, and a `free_port`."""
     return SimpleNamespace(start=start, run=run, free_port=free_port)
+
+
+class MlflowServer:
+    """A real `mlflow server` of one folder on 127.0.0.1, which tests start, kill and start again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
+
+    def launch(self) -> None:
+        """Starts it where it does not run, without waiting until it answers."""
+        if self.process is not None:
+            return
+        words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        words += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"]
+        words += ["--artifacts-destination", str(self.folder / "artifacts")]
+        ours = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        # Its workers are processes of their own, which only the group's end ends.
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                words, env=ours, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def start(self) -> None:
+        self.launch()
+        deadline = time.monotonic() + 120
+        while not self.answers():
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                pytest.fail(f"no MLflow server: {(self.folder / 'server.log').read_text()[-3000:]}")
+            time.sleep(0.1)
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as reply:
+                return reply.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def kill(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def mlflow_server(tmp_path_factory):
+    """A `MlflowServer` that does not run yet: `uri`, `launch()`, `start()`, `kill()`."""
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="session")

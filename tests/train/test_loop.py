@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,8 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from wanmoe.launch.config import LaunchConfig
-from wanmoe.launch.launcher import environment
 from wanmoe.moe_lora import AdapterConfig, import_adapter, save_adapter
 from wanmoe.moe_lora.adapter_file import read_adapter
 from wanmoe.moe_lora.lora_file import write_lora
@@ -34,7 +31,7 @@ def losses(run):
 
 
 @pytest.fixture(scope="module")
-def stages(launcher, shards, base, tmp_path_factory):
+def stages(launcher, ranks, shards, base, tmp_path_factory):
     """Stages a, b, c, each from the file of the one before, on two ranks; shared by the tests below."""
     root = tmp_path_factory.mktemp("stages")
     outputs = {}
@@ -53,6 +50,7 @@ def stages(launcher, shards, base, tmp_path_factory):
                 "save_every": 3,
                 "keep": 9,
             },
+            "deepspeed": {"zero": 3},
             "tracking": {"enabled": stage == "a"},
             "launch": {"ranks": 2},
         }
@@ -60,7 +58,8 @@ def stages(launcher, shards, base, tmp_path_factory):
             tree["adapter"] = {"blocks": 2, "ffn_blocks": 1}
         if stage == "c":
             tree["router"] = {"mode": "learned"}
-        outputs[stage] = (tree, launcher.run(tree, root / f"{stage}.toml"))
+        said = launcher.run(tree, root / "a.toml") if stage == "a" else ranks.run(tree)
+        outputs[stage] = (tree, said)
     return root, outputs
 
 
@@ -107,7 +106,7 @@ def test_saving_gathers_what_trains_and_nothing_frozen(stages, base):
     assert {value.dtype for value in state.values()} == {torch.float32}
 
 
-def test_a_resumed_run_is_bit_equal_to_a_straight_one(launcher, stages, tmp_path):
+def test_a_resumed_run_is_bit_equal_to_a_straight_one(ranks, stages, tmp_path):
     root, outputs = stages
     for stage in ("b", "c"):
         tree = json.loads(json.dumps(outputs[stage][0]))
@@ -115,7 +114,7 @@ def test_a_resumed_run_is_bit_equal_to_a_straight_one(launcher, stages, tmp_path
         shutil.copytree(root / stage, run)
         shutil.rmtree(run / "resume" / "step_00000006")
         tree["train"]["run"] = str(run)
-        output = launcher.run(tree, tmp_path / f"{stage}.toml")
+        output = ranks.run(tree)
         assert "at step 3" in output
         straight = load_file(root / stage / "resume" / "step_00000006" / "state.safetensors")
         resumed = load_file(run / "resume" / "step_00000006" / "state.safetensors")
@@ -125,14 +124,14 @@ def test_a_resumed_run_is_bit_equal_to_a_straight_one(launcher, stages, tmp_path
 
 
 @pytest.mark.parametrize("stage", ["a", "c"])
-def test_one_rank_and_two_forwards_train_like_two_ranks(launcher, stages, tmp_path, stage):
+def test_one_rank_and_two_forwards_train_like_two_ranks(ranks, stages, tmp_path, stage):
     """Gradients of adapters and of the router are averaged over the ranks (trap A7)."""
     root, outputs = stages
     tree = json.loads(json.dumps(outputs[stage][0]))
     tree["train"] |= {"run": str(tmp_path / "run"), "accumulation": 2}
     tree["launch"] = {"ranks": 1}
     tree["tracking"] = {"enabled": False}
-    launcher.run(tree, tmp_path / "config.toml")
+    ranks.run(tree)
     torch.testing.assert_close(losses(tmp_path / "run"), losses(root / stage), rtol=1e-5, atol=1e-6)
     one = read_adapter(tmp_path / "run" / "adapter.safetensors")[1]
     two = read_adapter(root / stage / "adapter.safetensors")[1]
@@ -183,7 +182,7 @@ def test_a_signal_saves_within_a_step_and_exits_cleanly(launcher, config, tmp_pa
     assert (tmp_path / "run" / "adapter.safetensors").exists()
 
 
-def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_sample(launcher, config, tmp_path):
+def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_sample(ranks, config, tmp_path):
     """One clip so large that its loss overflows: skipped on both ranks, then the run gives up."""
     with ShardWriter(tmp_path / "huge", STAND_IN, STAND_IN, null_context=torch.ones(1, 16)) as writer:
         for index, split in enumerate(("train", "train", "val")):
@@ -198,20 +197,18 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_sample(launcher
     config["data"]["shards"] = str(tmp_path / "huge")
     config["objective"]["roi"] = 0
     config["train"] |= {"max_bad_steps": 2, "accumulation": 2}
-    process = launcher.start(config, tmp_path / "config.toml")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
+    output = ranks.fail(config)
     assert "step 0: the loss is not finite; skipped on all ranks; samples:" in output
     assert "2 steps in a row were skipped" in output and "clip_000_abcdef01" in output
     assert "Traceback" not in output
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
-def test_bf16_training_keeps_fp32_masters(launcher, config, tmp_path):
+def test_bf16_training_keeps_fp32_masters(ranks, config, tmp_path):
     """Updates far below the step of a bf16 number (1/256 of the value) still add up (trap A15)."""
     config["train"] |= {"precision": "bf16", "steps": 4}
     config["optimizer"] = {"lr": 1e-5, "warmup_steps": 0, "weight_decay": 0.0}
-    launcher.run(config, tmp_path / "config.toml")
+    ranks.run(config)
     state = load_file(tmp_path / "run" / "resume" / "step_00000004" / "state.safetensors")
     masters = {name: value for name, value in state.items() if name.startswith("param/")}
     assert {value.dtype for value in masters.values()} == {torch.float32}
@@ -219,24 +216,23 @@ def test_bf16_training_keeps_fp32_masters(launcher, config, tmp_path):
     assert not torch.equal(down, down.bfloat16().float())
 
 
-def test_shards_of_another_text_encoder_are_refused_in_one_line(launcher, config, tmp_path):
+def test_shards_of_another_text_encoder_are_refused_in_one_line(ranks, config, tmp_path):
     config["model"] = {"preset": "tiny"}  # reads text 64 wide, the shards hold 16
     config["train"] |= {"stage": "pretrain", "steps": 3}
     del config["adapter"]
-    process = launcher.start(config, tmp_path / "config.toml")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0 and "Traceback" not in output
+    output = ranks.fail(config)
+    assert "Traceback" not in output
     assert "text embeddings are 16 wide, the model reads 64" in output
     assert not list(tmp_path.glob("run/*.safetensors"))
 
 
-def test_experts_and_router_train_together_with_recomputation_and_readers(launcher, stages, tmp_path):
+def test_experts_and_router_train_together_with_recomputation_and_readers(ranks, stages, tmp_path):
     root, outputs = stages
     tree = json.loads(json.dumps(outputs["b"][0]))
     tree["train"] |= {"run": str(tmp_path / "run"), "train_router": True, "checkpointing": True}
     tree["router"] = {"mode": "learned"}
     tree["data"]["workers"] = 1
-    launcher.run(tree, tmp_path / "config.toml")
+    ranks.run(tree)
     info, tensors = read_adapter(tmp_path / "run" / "adapter.safetensors")
     start = read_adapter(root / "a" / "adapter.safetensors")[1]
     assert info.stage == "b+base+router" and info.router.mode == "learned"
@@ -245,7 +241,7 @@ def test_experts_and_router_train_together_with_recomputation_and_readers(launch
     assert {"train/teacher_kl", "train/diffusion"} < set(read_metrics(tmp_path / "run")[-2])
 
 
-def test_experts_train_on_an_imported_lora_that_stays_as_it_is(launcher, config, base, tmp_path):
+def test_experts_train_on_an_imported_lora_that_stays_as_it_is(ranks, config, base, tmp_path):
     """A full-coverage LoRA in every block, the prefix too; without its part there the losses are others."""
     generator = torch.Generator().manual_seed(0)
     dit = load_dit(base)
@@ -269,38 +265,36 @@ def test_experts_train_on_an_imported_lora_that_stays_as_it_is(launcher, config,
         start = save_adapter(adapter, tmp_path / f"{run}.safetensors", stage="a", step=0)
         config["model"]["adapter"] = str(start)
         config["train"] |= {"stage": "b", "freeze_base": True, "run": str(tmp_path / run), "steps": 3}
-        assert "prefix 2 of 3 blocks without a graph" in launcher.run(config, tmp_path / f"{run}.toml")
+        assert "prefix 2 of 3 blocks without a graph" in ranks.run(config)
         before, after = (read_adapter(path)[1] for path in (start, tmp_path / run / "adapter.safetensors"))
         assert all(torch.equal(after[name], value) == (".base_" in name) for name, value in before.items())
     assert losses(tmp_path / "bare") != pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
 
 
-def test_a_finished_run_whose_file_is_gone_writes_it_again(launcher, stages, tmp_path):
+def test_a_finished_run_whose_file_is_gone_writes_it_again(ranks, stages, tmp_path):
     root, outputs = stages
     shutil.copytree(root / "b", tmp_path / "b")
     (tmp_path / "b" / "adapter.safetensors").unlink()
     tree = json.loads(json.dumps(outputs["b"][0]))
     tree["train"]["run"] = str(tmp_path / "b")
-    launcher.run(tree, tmp_path / "b.toml")
+    ranks.run(tree)
     again = read_adapter(tmp_path / "b" / "adapter.safetensors")[1]
     before = read_adapter(root / "b" / "adapter.safetensors")[1]
     assert all(torch.equal(again[name], before[name]) for name in before)
 
 
-def test_a_resume_on_another_start_file_or_with_another_rate_is_refused(launcher, stages, tmp_path):
+def test_a_resume_on_another_start_file_or_with_another_rate_is_refused(ranks, stages, tmp_path):
     root, outputs = stages
     shutil.copytree(root / "b", tmp_path / "b")
     tree = json.loads(json.dumps(outputs["b"][0]))
     tree["train"]["run"] = str(tmp_path / "b")
     tree["model"]["adapter"] = str(root / "c" / "adapter.safetensors")
-    process = launcher.start(tree, tmp_path / "b.toml")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0 and "belongs to another run (adapter_sha256" in output
+    output = ranks.fail(tree)
+    assert "belongs to another run (adapter_sha256" in output
     tree["model"]["adapter"] = str(root / "a" / "adapter.safetensors")
     tree["optimizer"]["lr"] = 0.5
-    process = launcher.start(tree, tmp_path / "b.toml")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0 and "(optimizer.lr was 0.01, is 0.5)" in output
+    output = ranks.fail(tree)
+    assert "(optimizer.lr was 0.01, is 0.5)" in output
 
 
 def test_nodes_that_do_not_share_the_run_folder_are_told_so(launcher, stages, tmp_path):
@@ -326,22 +320,23 @@ def test_nodes_that_do_not_share_the_run_folder_are_told_so(launcher, stages, tm
     assert any("the ranks disagree on the resume state" in text for text in texts), texts[0][-3000:]
 
 
-def test_saving_gathers_only_what_trains_and_clipping_reaches_the_router(launcher, stages, tmp_path):
+def test_saving_gathers_only_what_trains_and_clipping_reaches_the_router(ranks, stages, tmp_path):
     """Collectives of a save are counted; a tiny clipping norm stops the router's weights (traps B6, A7)."""
     _, outputs = stages
     tree = json.loads(json.dumps(outputs["c"][0]))
     tree["train"] |= {"run": str(tmp_path / "run"), "steps": 2}
     tree["optimizer"] |= {"max_grad_norm": 1e-12, "eps": 1e-6, "weight_decay": 0.0}
     found = alone(
-        launcher,
+        ranks,
         tree,
         tmp_path,
         """
 import deepspeed.comm
-from wanmoe.train.checkpoint import gather_parameters
-before = gather_parameters(trainer.trainable)
+from wanmoe.train.optimizer_state import gather_parameters
+side = trainer.sides[0]
+before = gather_parameters(side.engine, side.trainable)
 trainer.fit()
-after = gather_parameters(trainer.trainable)
+after = gather_parameters(side.engine, side.trainable)
 moved = max(float((after[name] - before[name]).abs().max()) for name in before)
 gathered = 0
 for name in ("all_gather_into_tensor", "all_gather", "broadcast", "allgather_fn", "all_gather_coalesced"):
@@ -352,7 +347,8 @@ for name in ("all_gather_into_tensor", "all_gather", "broadcast", "allgather_fn"
         return plain(*args, **more)
     setattr(deepspeed.comm, name, counted)
 trainer._save()
-print(json.dumps({"moved": moved, "gathered": gathered, "trainable": trainer._trainable_count()}))
+trainer.saver.wait()
+result = {"moved": moved, "gathered": gathered, "trainable": side.count}
 """,
     )
     # Masters and two moments of what trains, each once as input and once as output.
@@ -360,63 +356,44 @@ print(json.dumps({"moved": moved, "gathered": gathered, "trainable": trainer._tr
     assert found["moved"] < 1e-6
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(launcher, stages, tmp_path):
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(ranks, stages, tmp_path):
     """DeepSpeed drops such a step without a word; two in a row end the run here."""
     _, outputs = stages
     tree = json.loads(json.dumps(outputs["a"][0]))
     tree["train"] |= {"run": str(tmp_path / "run"), "max_bad_steps": 2}
     tree["tracking"] = {"enabled": False}
     found = alone(
-        launcher,
+        ranks,
         tree,
         tmp_path,
         """
 from wanmoe.moe_lora import WanmoeError
-from wanmoe.train.checkpoint import gather_parameters
-before = gather_parameters(trainer.trainable)
-next(iter(trainer.trainable.values())).register_hook(lambda gradient: gradient * float("nan"))
+from wanmoe.train.optimizer_state import gather_parameters
+side = trainer.sides[0]
+before = gather_parameters(side.engine, side.trainable)
+next(iter(side.trainable.values())).register_hook(lambda gradient: gradient * float("nan"))
 message = ""
 try:
     trainer.fit()
 except WanmoeError as error:
     message = str(error)
-after = gather_parameters(trainer.trainable)
+after = gather_parameters(side.engine, side.trainable)
 same = all(torch.equal(before[name], after[name]) for name in before)
 trainer._save()
-print(json.dumps({"message": message, "same": same, "step": trainer.step}))
+trainer.saver.wait()
+result = {"message": message, "same": same, "step": trainer.step}
 """,
     )
     assert "2 steps in a row were skipped, at last because the gradient is not finite" in found["message"]
     assert "train_0" in found["message"]
-    assert found["same"] and found["step"] == 2
+    assert found["same"] and found["step"] == 1  # the second is the one that ended it
 
 
-def alone(launcher, tree, folder, script):
-    """Runs a script on a `trainer` of one rank in a process of its own; returns the JSON of its last line."""
-    (folder / "tree.json").write_text(json.dumps(tree))
-    code = (
-        "import json, sys, torch\n"
-        "from wanmoe.launch.config import parse_config\n"
-        "from wanmoe.train.engine import init_distributed\n"
-        "from wanmoe.train.loop import Trainer\n"
-        "trainer = Trainer(parse_config(json.load(open(sys.argv[1])), 'test'), *init_distributed())\n"
-    )
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launcher.free_port())}
-    done = subprocess.run(
-        [sys.executable, "-c", code + script, str(folder / "tree.json")],
-        env=environment(LaunchConfig(ranks=1)) | rank | place,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def test_a_rank_alone_says_how_to_start():
-    code = "from wanmoe.train.engine import init_distributed; init_distributed()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode != 0 and "start with `wanmoe train` or the deepspeed launcher" in done.stderr
+def alone(ranks, tree, folder, code):
+    """Runs code on the `trainer` of one rank; returns the `result` that it leaves."""
+    path = folder / "result.json"
+    ranks.run(tree, 1, code=code, result=str(path))
+    return json.loads(path.read_text())
 
 
 def test_metrics_are_finite_and_complete(stages):
@@ -427,7 +404,7 @@ def test_metrics_are_finite_and_complete(stages):
     assert {"train/lr", "train/grad_norm", "train/steps_per_s", "train/diffusion"} < set(lines[-1])
 
 
-def test_what_a_run_wrote_down_asks_for_the_same_run(launcher, stages, tmp_path):
+def test_what_a_run_wrote_down_asks_for_the_same_run(ranks, stages, tmp_path):
     """Stage b decides by itself how loud its experts are, stage c takes it from the file."""
     root, _ = stages
     for stage in ("b", "c"):
@@ -438,4 +415,4 @@ def test_what_a_run_wrote_down_asks_for_the_same_run(launcher, stages, tmp_path)
         router = read_adapter(run / "adapter.safetensors")[0].router
         assert router.loudness == "bands [[0.0, 1.0]], floor 0.5"
         written["train"]["run"] = str(run)
-        assert "is complete: 6 steps are done" in launcher.run(written, tmp_path / f"{stage}.toml")
+        assert "is complete: 6 steps are done" in ranks.run(written)

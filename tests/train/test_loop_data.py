@@ -30,13 +30,13 @@ def spoiled(shards: Path, tmp_path: Path) -> tuple[Path, list[str]]:
     return root, [spoil(root, 2), spoil(root, 5)]
 
 
-def test_bad_samples_are_replaced_counted_and_named_on_all_ranks(launcher, config, tmp_path, spoiled):
+def test_bad_samples_are_replaced_counted_and_named_on_all_ranks(ranks, config, tmp_path, spoiled):
     root, bad = spoiled
     # One clip of the first rank's validation; the second rank has its own.
     bad.append(spoil(root, 0, "val"))
     config["data"] |= {"shards": str(root), "max_bad_samples": 3}
     config["train"] |= {"steps": 12, "save_every": 6}
-    output = launcher.run(config, tmp_path / "config.toml")
+    output = ranks.run(config)
     for key in bad:
         line = (
             f"replaced a sample that cannot be read: shard {key.split('_')[0]}-2x4x4-000000.tar, sample {key}"
@@ -51,31 +51,28 @@ def test_bad_samples_are_replaced_counted_and_named_on_all_ranks(launcher, confi
     # A resume knows them: one more than allowed is one too many, wherever the run was interrupted.
     shutil.rmtree(tmp_path / "run" / "resume" / "step_00000012")
     spoil(root, 8)
-    process = launcher.start(config, tmp_path / "config.toml")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0 and "4 samples cannot be read" in output and "Traceback" not in output
+    output = ranks.fail(config)
+    assert "4 samples cannot be read" in output and "Traceback" not in output
 
 
-def test_a_rank_that_finds_nothing_to_read_ends_the_run_on_all(launcher, config, tmp_path, shards):
+def test_a_rank_that_finds_nothing_to_read_ends_the_run_on_all(ranks, config, tmp_path, shards):
     """Every sample of a whole split is gone: no rank is left waiting in a forward."""
     root = tmp_path / "gone"
     shutil.copytree(shards, root)
     for number in range(12):
         spoil(root, number)
     config["data"] |= {"shards": str(root), "max_bad_samples": 5}
-    process = launcher.start(config, tmp_path / "config.toml")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0 and "Traceback" not in output
+    output = ranks.fail(config)
+    assert "Traceback" not in output
     assert "on rank 0:" in output and "6 samples in a row cannot be read" in output
 
 
-def test_more_bad_samples_than_allowed_stop_all_ranks_in_one_line(launcher, config, tmp_path, spoiled):
+def test_more_bad_samples_than_allowed_stop_all_ranks_in_one_line(ranks, config, tmp_path, spoiled):
     root, _ = spoiled
     config["data"] |= {"shards": str(root), "max_bad_samples": 1}
     config["train"] |= {"steps": 12}
-    process = launcher.start(config, tmp_path / "config.toml")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0 and "Traceback" not in output
+    output = ranks.fail(config)
+    assert "Traceback" not in output
     assert "2 samples cannot be read, at last" in output and "raise data.max_bad_samples" in output
 
 
@@ -107,15 +104,15 @@ def test_nodes_whose_shards_differ_are_told_so_and_none_hangs(
     assert all(wanted in text for text in texts), texts[0][-3000:]
 
 
-def test_a_streamed_run_trains_and_goes_on_where_it_was_stopped(launcher, config, tmp_path):
+def test_a_streamed_run_trains_and_goes_on_where_it_was_stopped(ranks, config, tmp_path):
     """Shards are read one after the other by two ranks with a reader process each; a resume is bit-equal."""
     config["data"] |= {"reader": "streaming", "workers": 1}
     config["train"] |= {"steps": 6, "save_every": 3}
-    launcher.run(config, tmp_path / "config.toml")
+    ranks.run(config)
     straight = load_file(tmp_path / "run" / "adapter.safetensors")
     shutil.rmtree(tmp_path / "run" / "resume" / "step_00000006")
     (tmp_path / "run" / "adapter.safetensors").unlink()
-    output = launcher.run(config, tmp_path / "config.toml")
+    output = ranks.run(config)
     assert "at step 3" in output
     resumed = load_file(tmp_path / "run" / "adapter.safetensors")
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())

@@ -1,4 +1,4 @@
-"""The joint stage with every term, under the real launcher: what it logs, one rank against two, resume, the
+"""The joint stage with every term, on two ranks: what it logs, one rank against two, resume, the
 early stop."""
 
 import json
@@ -40,16 +40,17 @@ def joint(base, shards, classifier, run, ranks, accumulation):
             "save_every": 9,
             "val_every": 9,
         },
+        "deepspeed": {"zero": 3},
         "tracking": {"enabled": False},
         "launch": {"ranks": ranks},
     }
 
 
 @pytest.fixture(scope="module")
-def done(launcher, base, shards, classifier, tmp_path_factory):
+def done(ranks, base, shards, classifier, tmp_path_factory):
     root = tmp_path_factory.mktemp("joint")
     tree = joint(base, shards, classifier, root / "two", 2, 2)
-    return root, tree, launcher.run(tree, root / "two.toml")
+    return root, tree, ranks.run(tree)
 
 
 def lines_of(run):
@@ -88,23 +89,23 @@ def test_base_experts_router_and_time_gate_are_in_the_file_and_have_moved(done):
     assert not torch.equal(tensors["router.time_center"], torch.full((4,), 0.35))
 
 
-def test_one_rank_with_four_forwards_trains_like_two_with_two(done, launcher, base, shards, classifier):
+def test_one_rank_with_four_forwards_trains_like_two_with_two(done, ranks, base, shards, classifier):
     root, _, _ = done
     tree = joint(base, shards, classifier, root / "one", 1, 4)
-    launcher.run(tree, root / "one.toml")
+    ranks.run(tree)
     for one, two in zip(lines_of(root / "one"), lines_of(root / "two"), strict=True):
         for key in ("train/loss", "train/teacher_kl_prompts", *(f"train/{term}" for term in TERMS)):
             assert one[key] == pytest.approx(two[key], rel=2e-4, abs=2e-6), (one["step"], key)
 
 
-def test_a_resumed_joint_run_is_bit_equal_to_a_straight_one(done, launcher):
+def test_a_resumed_joint_run_is_bit_equal_to_a_straight_one(done, ranks):
     root, tree, _ = done
     run = root / "again"
     shutil.copytree(root / "two", run)
     shutil.rmtree(run / "resume" / "step_00000018")
     tree = json.loads(json.dumps(tree))
     tree["train"]["run"] = str(run)
-    assert "at step 9" in launcher.run(tree, root / "again.toml")
+    assert "at step 9" in ranks.run(tree)
     straight, resumed = (
         load_file(folder / "resume" / "step_00000018" / "state.safetensors") for folder in (root / "two", run)
     )
@@ -114,10 +115,10 @@ def test_a_resumed_joint_run_is_bit_equal_to_a_straight_one(done, launcher):
     ]
 
 
-def test_the_joint_stage_runs_in_bf16_with_recomputation(launcher, base, shards, classifier, tmp_path):
+def test_the_joint_stage_runs_in_bf16_with_recomputation(ranks, base, shards, classifier, tmp_path):
     tree = joint(base, shards, classifier, tmp_path / "run", 2, 1)
     tree["train"] |= {"epochs": 1, "precision": "bf16", "checkpointing": True, "val_every": 0}
-    output = launcher.run(tree, tmp_path / "config.toml")
+    output = ranks.run(tree)
     assert "skipped" not in output
     lines = lines_of(tmp_path / "run")
     assert len(lines) == 6 and all(math.isfinite(line[f"train/{term}"]) for line in lines for term in TERMS)
@@ -142,17 +143,17 @@ def test_a_router_is_not_trained_on_experts_of_stage_a(config, base, tmp_path):
         preflight(parse_config(config | {"router": {"mode": "learned"}}, "test"))
 
 
-def test_an_early_stop_ends_the_run_keeps_the_best_and_stays_ended(launcher, config, tmp_path):
+def test_an_early_stop_ends_the_run_keeps_the_best_and_stays_ended(ranks, config, tmp_path):
     """With a rate that ruins the model every validation is worse than the first."""
     config["optimizer"] = {"lr": 5.0, "warmup_steps": 0}
     config["train"] |= {"steps": 40, "val_every": 2, "early_stop": "val/roi", "patience": 2, "save_every": 0}
-    output = launcher.run(config, tmp_path / "config.toml")
+    output = ranks.run(config)
     assert "val/roi has not fallen below" in output and "training ends" in output
     info, tensors = read_adapter(tmp_path / "run" / "adapter.safetensors")
     last = max(line["step"] for line in read_metrics(tmp_path / "run"))
     assert last < 40 and info.step < last
     before = {name: value.clone() for name, value in tensors.items()}
-    output = launcher.run(config, tmp_path / "config.toml")
+    output = ranks.run(config)
     assert "is complete" in output
     after = read_adapter(tmp_path / "run" / "adapter.safetensors")[1]
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -13,9 +13,9 @@ from wanmoe.train import losses, routing_losses
 from wanmoe.train import objective as objective_module
 from wanmoe.train.data.batch import LabelGates, collate
 from wanmoe.train.data.shards import ShardDataset
-from wanmoe.train.engine import RoutedDiT, whole_router
 from wanmoe.train.losses_decoded import Crop, decoded_temporal_loss
 from wanmoe.train.objective import Objective
+from wanmoe.train.routed import RoutedDiT, whole_router
 from wanmoe.train.stages import STAGES, TERMS, loss_weights, stage_name
 
 EVERY = dict.fromkeys(TERMS, 1.0) | {"roi": 3.0, "identity": 0.5, "entropy": 0.01, "balance": 0.05}

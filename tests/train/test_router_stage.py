@@ -31,7 +31,7 @@ HELD_OUT = [Path(__file__).parent / "data" / f"router_prompts_{name}.jsonl" for 
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, launcher):
+def trained(tmp_path_factory, ranks):
     """(run folder, adapter file of stage C)."""
     root = tmp_path_factory.mktemp("router")
     clips = synth_clips(root / "clips", clips=32, val=4, height=32, width=32, frames=5)
@@ -63,7 +63,7 @@ def trained(tmp_path_factory, launcher):
         "tracking": {"enabled": False},
         "launch": {"ranks": 1},
     }
-    launcher.run(tree, root / "c.toml")
+    ranks.run(tree)
     return root / "c", root / "c" / "adapter.safetensors"
 
 

@@ -5,7 +5,7 @@ import torch
 
 from wanmoe.moe_lora import AdapterConfig, RouterConfig, WanmoeError, attach
 from wanmoe.moe_lora.wan.weights import load_dit
-from wanmoe.train.engine import RoutedDiT
+from wanmoe.train.routed import RoutedDiT
 from wanmoe.train.stages import STAGES, select_trainable
 
 PARTS = {

@@ -7,8 +7,8 @@ from wanmoe.moe_lora import AdapterConfig, ExpertSet, RouterConfig, attach, save
 from wanmoe.moe_lora.wan.weights import load_dit
 from wanmoe.train import ShardDataset
 from wanmoe.train.data.batch import LabelGates
-from wanmoe.train.engine import Routed
 from wanmoe.train.evaluate import evaluate, evaluate_files, held_out_gates
+from wanmoe.train.routed import Routed
 from wanmoe.train.validate import LEVELS, held_out_errors, levels_within
 
 GATES = LabelGates(ExpertSet(), RouterConfig(), needed=True)

@@ -31,7 +31,7 @@ from ...moe_lora.instruments import ExpertSet
 from ...moe_lora.video import VideoDamagedError, VideoEndError, iter_windows
 from ...moe_lora.wan.codec import Codec
 from ...moe_lora.wan.text import TextEncoder
-from ..engine import agree, init_distributed, together
+from ..ranks import agree, init_distributed, together
 from ..staging import Staging
 from .clips import Clip
 from .encode import Encoders, PieceEncoder, encode_caption, encode_router_prompts

@@ -1,0 +1,30 @@
+"""How ranks start: versions that are refused, and a rank without a launcher."""
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+from wanmoe.moe_lora import WanmoeError
+from wanmoe.train.ranks import check_versions
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("0.19.7", False), ("0.9.20", False), ("0.19.8", True), ("1.0.0+x", True)]
+)
+def test_an_old_deepspeed_is_refused_with_the_command_that_mends_it(monkeypatch, version, fits):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    if fits:
+        check_versions()
+    else:
+        with pytest.raises(
+            WanmoeError, match=r"deepspeed .* is too old; run: pip install 'deepspeed>=0.19.8'"
+        ):
+            check_versions()
+
+
+def test_a_rank_alone_says_how_to_start():
+    code = "from wanmoe.train.ranks import init_distributed; init_distributed()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and "start with `wanmoe train` or the deepspeed launcher" in done.stderr

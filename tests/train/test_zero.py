@@ -1,0 +1,83 @@
+"""The stage that a job runs under, and settings derived from the model (traps B2, B8, B15)."""
+
+import pytest
+import torch
+
+from wanmoe.launch.config import parse_config
+from wanmoe.moe_lora import AdapterConfig, WanmoeError, attach
+from wanmoe.moe_lora.wan.config import WanConfig
+from wanmoe.moe_lora.wan.dit import WanDiT
+from wanmoe.moe_lora.wan.weights import load_dit
+from wanmoe.train.zero import deepspeed_config, make_plan
+
+
+def test_settings_on_a14b_keep_adapters_resident_and_prefetch_one_block(config):
+    with torch.device("meta"):
+        dit = WanDiT(WanConfig.preset("t2v-A14B"))
+    trainable = attach(dit).train_only(("experts",))
+    parsed = parse_config(config, "test")
+    made = deepspeed_config(parsed, dit, trainable, stage=3, bf16=True, world=1)
+    found = made["zero_optimization"]
+    largest = max(p.numel() for p in trainable.values())
+    assert found["stage3_param_persistence_threshold"] == largest == 4 * 13824 * 4
+    assert largest < 5120 * 5120
+    assert found["stage3_prefetch_bucket_size"] >= 351_394_304
+    assert found["reduce_bucket_size"] == sum(p.numel() for p in trainable.values())
+
+
+def test_any_deepspeed_key_can_be_overridden(config, base):
+    config["deepspeed"] = {
+        "config": {"zero_optimization": {"stage3_max_live_parameters": 7}, "wall_clock_breakdown": True}
+    }
+    dit = load_dit(base)
+    trainable = attach(dit, AdapterConfig(blocks=2)).parameters()
+    found = deepspeed_config(parse_config(config, "test"), dit, trainable, stage=3, bf16=False, world=1)
+    assert found["zero_optimization"]["stage3_max_live_parameters"] == 7
+    assert found["zero_optimization"]["stage"] == 3 and found["wall_clock_breakdown"]
+
+
+def test_another_stage_under_deepspeeds_own_key_is_refused(config, base):
+    config["deepspeed"] = {"zero": 1, "config": {"zero_optimization": {"stage": 2}}}
+    dit = load_dit(base)
+    trainable = attach(dit, AdapterConfig(blocks=2)).parameters()
+    with pytest.raises(WanmoeError, match="set deepspeed.zero = 2"):
+        deepspeed_config(parse_config(config, "test"), dit, trainable, stage=1, bf16=False, world=1)
+
+
+@pytest.mark.parametrize(("local", "world", "group"), [(8, 16, 8), (8, 8, None), (1, 2, None)])
+def test_on_several_nodes_frozen_shards_are_kept_within_each(monkeypatch, config, base, local, world, group):
+    monkeypatch.setenv("LOCAL_SIZE", str(local))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    dit = load_dit(base)
+    trainable = attach(dit, AdapterConfig(blocks=2)).parameters()
+    made = deepspeed_config(parse_config(config, "test"), dit, trainable, stage=3, bf16=False, world=world)
+    assert made["zero_optimization"].get("zero_hpz_partition_size") == group
+
+
+GB = 10**9
+BASE = 28_577_000_000  # bytes of one A14B model in bf16
+
+
+@pytest.mark.parametrize(
+    ("models", "world", "memory", "stage", "park"),
+    [
+        ([BASE], 8, 80 * GB, 1, False),
+        ([BASE], 1, 80 * GB, 0, False),
+        ([BASE], 8, 40 * GB, 3, False),
+        ([BASE, BASE], 16, 80 * GB, 3, False),
+        ([BASE, BASE], 1, 80 * GB, 0, True),
+        ([BASE, BASE], 8, 140 * GB, 1, False),
+        ([BASE, BASE], 1, 40 * GB, 3, False),
+    ],
+)
+def test_whole_copies_where_they_fit_and_shards_where_they_do_not(models, world, memory, stage, park):
+    plan = make_plan("auto", models, 0, world, memory)
+    assert (plan.stage, plan.park) == (stage, park)
+    assert f"ZeRO-{stage}" in plan.why and f"{memory / 1e9:.3g} GB a rank" in plan.why
+    assert make_plan(2, models, 0, world, memory).stage == 2
+
+
+def test_a_base_that_trains_in_bf16_gets_masters():
+    assert make_plan("auto", [GB], 10**8, 1, 80 * GB, mixed=True).stage == 1
+    with pytest.raises(WanmoeError, match="keeps no fp32 masters .* set it to 1"):
+        make_plan(0, [GB], 10**8, 1, 80 * GB, mixed=True)

@@ -1,0 +1,255 @@
+"""Who is still there: every rank leaves a sign of life in the run folder, and a rank that is dead or stuck
+ends the job with its name instead of a hang.
+
+`ranks/<rank>.json` holds host, process, step and a counter. A process of the same machine is asked after by
+its number; one of another machine is gone when its counter has stood still, by the reader's own clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from ..moe_lora import WanmoeError
+
+# Exit code of a job that may be started again as it is: sysexits' EX_TEMPFAIL.
+TRY_AGAIN = 75
+INTERVAL = 1.0
+"""Seconds between signs of life."""
+SILENT = 60.0
+"""Seconds without one, after which a rank of another machine is gone: folders are shared with a delay."""
+GRACE = 2.0
+"""Seconds that a rank has to end by itself once another is gone."""
+
+
+class LostRankError(WanmoeError):
+    """A rank died or is stuck; the same command goes on from the last save."""
+
+    exit_code = TRY_AGAIN
+
+
+@dataclass
+class Sign:
+    """What one rank says of itself."""
+
+    rank: int
+    host: str
+    pid: int
+    born: float
+    """Time of the process' start, which tells it from a later one of the same number."""
+    attempt: str
+    """Of the start of the job; files of earlier ones count for nothing."""
+    count: int = 0
+    step: int = 0
+    at: str = ""
+    """Where its main thread is."""
+    ended: str | None = None
+    """Why it has ended, "" where all is well; None while it runs."""
+    wall: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+    def alive(self) -> bool:
+        """Of a process of this machine."""
+        try:
+            process = psutil.Process(self.pid)
+            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.born) < 2
+        except psutil.NoSuchProcess:
+            return False
+
+
+class Watchdog:
+    """The sign of life of one rank, and its eye on the others.
+
+    Args:
+        folder: `ranks` in the run folder.
+        attempt: the same on all ranks of this start of the job.
+        timeout: seconds without a `beat` after which this rank ends itself, its stacks written beside the
+            signs.
+        give_up: takes what to say when the job cannot go on and is to end now.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        world: int,
+        attempt: str,
+        timeout: float,
+        give_up: Callable[[str], None] | None = None,
+    ) -> None:
+        self.folder, self.world, self.timeout = folder, world, timeout
+        self.give_up = give_up or _end
+        me = psutil.Process()
+        self.own = Sign(rank, socket.gethostname(), me.pid, me.create_time(), attempt)
+        self._main = threading.main_thread().ident
+        self._beaten = time.monotonic()
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._stacks = open(folder / f"{rank}-stacks.txt", "w")  # noqa: SIM115 - held for faulthandler
+        self._write()
+
+    def start(self) -> None:
+        """Begins to watch; every rank has written its first sign by now."""
+        self._arm()
+        self._thread.start()
+
+    def beat(self, step: int) -> None:
+        """The rank has got on, to this step."""
+        self.own.step = step
+        self._beaten = time.monotonic()
+        self._arm()
+
+    def close(self, why: str = "") -> None:
+        """The rank ends, because of `why` if all is not well."""
+        self._stop.set()
+        faulthandler.cancel_dump_traceback_later()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.own.ended = why
+        self._write()
+        self._stacks.close()
+        if not why:
+            (self.folder / f"{self.own.rank}-stacks.txt").unlink(missing_ok=True)
+
+    def lost(self) -> str | None:
+        """Which other rank is gone, in words; None where all are there."""
+        for sign in self._others():
+            if sign.ended:
+                return f"{sign.name} has ended: {sign.ended}"
+            if sign.ended is None and self._gone(sign):
+                return f"{sign.name} is gone; it was at step {sign.step}"
+        return None
+
+    def wait_for_lost(self) -> str | None:
+        """As `lost`, a moment later if need be: a process that is being killed is there for a while."""
+        until = time.monotonic() + GRACE
+        while (told := self.lost()) is None and time.monotonic() < until:
+            time.sleep(0.05)
+        return told
+
+    def _gone(self, sign: Sign) -> bool:
+        if sign.host == self.own.host:
+            return not sign.alive()
+        count, since = self._seen.get(sign.rank, (-1, 0.0))
+        now = time.monotonic()
+        if sign.count != count:
+            self._seen[sign.rank] = (sign.count, now)
+            return False
+        return now - since > SILENT
+
+    def _others(self) -> list[Sign]:
+        return [
+            sign
+            for rank in range(self.world)
+            if rank != self.own.rank and (sign := read_sign(self.folder, rank)) is not None
+            if sign.attempt == self.own.attempt
+        ]
+
+    def _watch(self) -> None:
+        lost_since: float | None = None
+        while not self._stop.wait(INTERVAL):
+            self.own.count += 1
+            self.own.at = self._where()
+            with contextlib.suppress(OSError):  # a full disk is for those to tell who save
+                self._write()
+            told = self.lost()
+            if told is None:
+                lost_since = None
+            elif lost_since is None:
+                lost_since = time.monotonic()
+            elif time.monotonic() - lost_since > GRACE:
+                self.give_up(told)
+            if time.monotonic() - self._beaten > self.timeout:
+                faulthandler.dump_traceback(self._stacks, all_threads=True)
+                self.give_up(self._stuck())
+
+    def _stuck(self) -> str:
+        signs = sorted(
+            [self.own, *self._others()], key=lambda sign: (-_silent(sign), _waits(sign.at), sign.step)
+        )
+        told = "; ".join(
+            f"{sign.name} at step {sign.step} in {sign.at}"
+            + (f", silent for {_silent(sign)} s" if _silent(sign) else "")
+            for sign in signs[:4]
+        )
+        return (
+            f"no step for {self.timeout:g} s (train.timeout); first those that wait for nobody: {told}; "
+            f"stacks in {self.folder}/*-stacks.txt"
+        )
+
+    def _where(self) -> str:
+        """The innermost lines of the main thread."""
+        frame = sys._current_frames().get(self._main or 0)
+        places: list[str] = []
+        while frame is not None and len(places) < 3:
+            places.append(f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})")
+            frame = frame.f_back
+        return " < ".join(places)
+
+    def _arm(self) -> None:
+        # A thread of C: it also works where one of Python never gets its turn.
+        faulthandler.dump_traceback_later(self.timeout + 30, exit=True, file=self._stacks)
+
+    def _write(self) -> None:
+        self.own.wall = time.time()
+        path = self.folder / f"{self.own.rank}.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self.own)))
+        os.replace(partial, path)
+
+
+def read_sign(folder: Path, rank: int) -> Sign | None:
+    """The sign of a rank, if it has left one."""
+    try:
+        return Sign(**json.loads((folder / f"{rank}.json").read_text()))
+    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+        return None
+
+
+def check_unused(folder: Path) -> None:
+    """Raises WanmoeError where another job is at work in this run folder."""
+    for path in folder.glob("*.json"):
+        sign = read_sign(folder, int(path.stem)) if path.stem.isdigit() else None
+        if sign is None or sign.ended is not None:
+            continue
+        here = sign.host == socket.gethostname()
+        if sign.alive() if here else time.time() - sign.wall < SILENT:
+            raise WanmoeError(
+                f"{folder.parent}: {sign.name} is at work there; wait for it, stop it, or choose another "
+                "train.run"
+            )
+
+
+def _silent(sign: Sign) -> int:
+    """Seconds since a sign of life that is overdue, else 0; clocks of machines agree as far as this goes."""
+    late = int(time.time() - sign.wall)
+    return late if late > 5 * INTERVAL else 0
+
+
+def _waits(at: str) -> bool:
+    """Whether a main thread is in a collective, as those that wait for another rank are."""
+    return any(place in at for place in ("distributed_c10d.py", "comm.py", "partition_parameters.py"))
+
+
+def _end(told: str) -> None:
+    """Ends the process at once: its main thread hangs in a collective that will never return."""
+    rank = os.environ.get("RANK", "?")
+    sys.stderr.write(f"wanmoe: error [rank {rank}]: {told}; the same command goes on from the last save\n")
+    sys.stderr.flush()
+    os._exit(TRY_AGAIN)

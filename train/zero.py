@@ -1,0 +1,172 @@
+"""Which ZeRO stage a job runs under, and DeepSpeed's settings, derived from the model and the machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
+import torch
+from torch import nn
+
+from ..moe_lora import WanmoeError
+
+if TYPE_CHECKING:
+    from ..moe_lora.wan.dit import WanDiT
+    from .config import TrainerConfig
+
+Stage = Literal[0, 1, 2, 3]
+
+# One bucket of at most this many gradient elements: DeepSpeed's default of 5e8 allocates 2 GB for any model.
+MAX_BUCKET = 200_000_000
+# Share of a card (of the host, on the CPU) that whole copies of the models may take; the rest is for
+# activations, gradients and buffers.
+SHARE = 0.6
+# Bytes per trainable parameter beside its weight: gradient, master and two moments, fp32 each.
+STATE_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the models of a job are held."""
+
+    stage: Stage
+    why: str
+    """In words, for the first line of a run."""
+    park: bool = False
+    """Whether of two models the one that does not train in a step waits in host memory."""
+
+
+def local_world() -> int:
+    """Ranks of this job on this machine, as the launcher says."""
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(told or os.environ.get("WORLD_SIZE", "1"))
+
+
+def room(device: torch.device) -> int:
+    """Bytes of memory of one rank: its card's, or its part of the host's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total) // local_world()
+
+
+def make_plan(
+    asked: Literal["auto"] | Stage,
+    models: Sequence[int],
+    trainable: int,
+    world: int,
+    memory: int,
+    mixed: bool = False,
+) -> Plan:
+    """The stage of a job: as asked, or whole copies where they fit, which is several times faster than
+    gathering, and shards where they do not.
+
+    Args:
+        models: bytes of each model of the job; two where both noise experts train.
+        trainable: parameters that train, of all models.
+        world: ranks.
+        memory: bytes that one rank has (`room`).
+        mixed: the base itself trains, in bf16, and so needs the masters that ZeRO keeps.
+
+    Raises:
+        WanmoeError: stage 0 is asked for where it has no masters.
+    """
+    if asked == 0 and mixed:
+        raise WanmoeError(
+            'deepspeed.zero = 0 keeps no fp32 masters of a base that trains in bf16; set it to 1, or "auto"'
+        )
+    if asked != "auto":
+        return Plan(asked, f"ZeRO-{asked}, as configured")
+    whole = sum(models) + STATE_BYTES * trainable
+    told = f"{whole / 1e9:.3g} GB of weights and optimizer in {memory / 1e9:.3g} GB a rank"
+    replicated: Stage = 1 if world > 1 or mixed else 0
+    if whole <= SHARE * memory:
+        return Plan(replicated, f"ZeRO-{replicated}, whole copies: {told}")
+    if world == 1 and len(models) > 1 and max(models) + STATE_BYTES * trainable <= SHARE * memory:
+        return Plan(0, f"ZeRO-0, the idle model in host memory: {told}", park=True)
+    return Plan(3, f"ZeRO-3, shards: {told}")
+
+
+def deepspeed_config(
+    config: TrainerConfig,
+    dit: WanDiT,
+    trainable: Mapping[str, nn.Parameter],
+    *,
+    stage: Stage,
+    bf16: bool,
+    world: int,
+) -> dict[str, Any]:
+    """DeepSpeed's own config, derived from the model; `deepspeed.config` is merged over it.
+
+    Raises:
+        WanmoeError: `deepspeed.config` names another stage than `deepspeed.zero`.
+    """
+    total = sum(p.numel() for p in trainable.values())
+    zero: dict[str, Any] = {"stage": stage}
+    if stage:
+        zero["reduce_bucket_size"] = min(MAX_BUCKET, max(total, 1))
+    if stage == 3:
+        zero |= _sharding(dit, world)
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.data.batch,
+        "gradient_accumulation_steps": config.train.accumulation,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "steps_per_print": 10**9,
+        # Without ZeRO what trains stays fp32 beside a bf16 base, and the engine casts nothing.
+        "bf16": {"enabled": bf16 and stage > 0},
+        "zero_optimization": zero,
+    }
+    merged = _merge(derived, config.deepspeed.config)
+    found = merged["zero_optimization"]["stage"]
+    if found != stage:
+        raise WanmoeError(
+            f"deepspeed.config.zero_optimization.stage = {found}: the stage is chosen by deepspeed.zero; set "
+            f"deepspeed.zero = {found}"
+        )
+    return merged
+
+
+def _sharding(dit: WanDiT, world: int) -> dict[str, Any]:
+    block = sum(p.numel() for p in dit.blocks[0].parameters())
+    local = local_world()
+    # Between nodes a base that is sharded over all ranks would be gathered at each block; a second set of
+    # shards within the node serves all but the first time, since what is frozen never changes.
+    hpz = {"zero_hpz_partition_size": local} if 1 < local < world else {}
+    return {
+        # One block ahead; every adapter tensor stays resident, the base is sharded.
+        "stage3_prefetch_bucket_size": block,
+        "stage3_max_live_parameters": max(3 * block, 1_000_000),
+        "stage3_param_persistence_threshold": largest_adapter_tensor(dit),
+        **hpz,
+    }
+
+
+def check_resident(dit: WanDiT, settings: Mapping[str, Any]) -> None:
+    """Raises WanmoeError where adapter tensors would be gathered by layer: the overlap reads them outside of
+    their own modules."""
+    zero = settings["zero_optimization"]
+    if zero["stage"] < 3:
+        return
+    needed = largest_adapter_tensor(dit)
+    lower = zero["stage3_param_persistence_threshold"] < needed
+    if lower or "stage3_model_persistence_threshold" in zero:
+        raise WanmoeError(
+            "objective.orthogonality needs every adapter tensor resident: under deepspeed.config leave "
+            f"stage3_param_persistence_threshold at {needed} or above, and the model's threshold out"
+        )
+
+
+def largest_adapter_tensor(dit: WanDiT) -> int:
+    """Elements of the largest tensor of an adapter; 0 without one."""
+    adapter = [p.numel() for name, p in dit.named_parameters() if name.endswith(("_down", "_up"))]
+    return max(adapter, default=0)
+
+
+def _merge(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
