@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import importlib.metadata
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -51,11 +55,51 @@ def init_distributed(
     backend = backend or ("nccl" if gpus else "gloo")
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if backend == "gloo":
+        drop_stale_lock(_op_folder())
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     if backend == "gloo":
         _drop_shared_buffer(dist.get_rank())
     device = torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def _op_folder() -> Path:
+    """Where torch compiles DeepSpeed's CPU collectives, at the first start on a machine."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
+
+
+def drop_stale_lock(folder: Path) -> None:
+    """Removes torch's lock from a folder of a compiled op if the process that took it is gone.
+
+    A rank that is killed while it compiles leaves the lock, for which every later start would wait for ever.
+    Who compiles has the file open.
+    """
+    lock = folder / "lock"
+    if not lock.exists():
+        return
+    owners = os.open(folder, os.O_RDONLY)
+    try:
+        # One rank at a time: another may have removed it by now, and taken it anew.
+        fcntl.flock(owners, fcntl.LOCK_EX)
+        if lock.exists() and not _is_open(lock):
+            lock.unlink()
+            sys.stderr.write(f"removed {lock}: the process that compiled there is gone\n")
+    finally:
+        os.close(owners)
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process of this machine has a file open; those of other users do not say, and count as
+    not."""
+    wanted = str(path.resolve())
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(file.path == wanted for file in process.open_files()):
+                return True
+    return False
 
 
 def _drop_shared_buffer(rank: int) -> None:

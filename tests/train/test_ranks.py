@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from torch.utils.file_baton import FileBaton
 
 from wanmoe.moe_lora import WanmoeError
-from wanmoe.train.ranks import check_versions
+from wanmoe.train.ranks import check_versions, drop_stale_lock
 
 
 @pytest.mark.parametrize(
@@ -28,3 +29,24 @@ def test_a_rank_alone_says_how_to_start():
     code = "from wanmoe.train.ranks import init_distributed; init_distributed()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0 and "start with `wanmoe train` or the deepspeed launcher" in done.stderr
+
+
+def test_the_lock_of_a_killed_compilation_goes_and_that_of_a_running_one_stays(tmp_path, capsys):
+    (tmp_path / "main.o").touch()
+    take = (
+        "import sys; from torch.utils.file_baton import FileBaton; "
+        f"baton = FileBaton({str(tmp_path / 'lock')!r}); print(baton.try_acquire(), flush=True); "
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", take], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as compiler:
+        assert compiler.stdout.readline() == "True\n"
+        drop_stale_lock(tmp_path)
+        assert not FileBaton(str(tmp_path / "lock")).try_acquire()
+        compiler.kill()
+        compiler.wait()
+    drop_stale_lock(tmp_path)
+    assert FileBaton(str(tmp_path / "lock")).try_acquire()
+    assert capsys.readouterr().err.count("the process that compiled there is gone") == 1
+    assert (tmp_path / "main.o").exists()
