@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -51,12 +51,13 @@ def init_distributed(
         raise WanmoeError(
             f"{', '.join(missing)} not set: start with `wanmoe train` or the deepspeed launcher"
         )
+    check_versions()
     gpus = torch.cuda.is_available()
     backend = backend or ("nccl" if gpus else "gloo")
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if backend == "gloo":
-        drop_stale_lock(_op_folder())
+        _compile_collectives()
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     if backend == "gloo":
         _drop_shared_buffer(dist.get_rank())
@@ -64,36 +65,41 @@ def init_distributed(
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def _op_folder() -> Path:
-    """Where torch compiles DeepSpeed's CPU collectives, at the first start on a machine."""
+def _compile_collectives() -> None:
+    """Compiles DeepSpeed's CPU collectives at the first start on a machine, and loads them, rank by rank.
+
+    torch guards a compilation by a file, which a process that is killed meanwhile leaves behind: every later
+    start would wait for it for ever. Our own guard, which goes with its process, comes before torch's.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import _get_build_directory
 
-    return Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
-
-
-def drop_stale_lock(folder: Path) -> None:
-    """Removes torch's lock from a folder of a compiled op if the process that took it is gone.
-
-    A rank that is killed while it compiles leaves the lock, for which every later start would wait for ever.
-    Who compiles has the file open.
-    """
-    lock = folder / "lock"
-    if not lock.exists():
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.name, False):
         return
-    owners = os.open(folder, os.O_RDONLY)
+    with alone_in(Path(_get_build_directory(builder.name, verbose=False))):
+        builder.load(verbose=False)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One process of a machine at a time builds in `folder`; what a killed one left locked is freed first."""
+    guard = os.open(folder, os.O_RDONLY)
     try:
-        # One rank at a time: another may have removed it by now, and taken it anew.
-        fcntl.flock(owners, fcntl.LOCK_EX)
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        lock = folder / "lock"
         if lock.exists() and not _is_open(lock):
-            lock.unlink()
+            lock.unlink(missing_ok=True)
             sys.stderr.write(f"removed {lock}: the process that compiled there is gone\n")
+        yield
     finally:
-        os.close(owners)
+        os.close(guard)
 
 
 def _is_open(path: Path) -> bool:
-    """Whether a process of this machine has a file open; those of other users do not say, and count as
-    not."""
+    """Whether a process of this machine has a file open, as who compiles has its lock; those of other users
+    do not say, and count as not."""
     wanted = str(path.resolve())
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):

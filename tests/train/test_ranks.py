@@ -1,6 +1,8 @@
 """How ranks start: versions that are refused, and a rank without a launcher."""
 
+import fcntl
 import importlib.metadata
+import os
 import subprocess
 import sys
 
@@ -8,7 +10,7 @@ import pytest
 from torch.utils.file_baton import FileBaton
 
 from wanmoe.moe_lora import WanmoeError
-from wanmoe.train.ranks import check_versions, drop_stale_lock
+from wanmoe.train.ranks import alone_in, check_versions
 
 
 @pytest.mark.parametrize(
@@ -33,20 +35,38 @@ def test_a_rank_alone_says_how_to_start():
 
 def test_the_lock_of_a_killed_compilation_goes_and_that_of_a_running_one_stays(tmp_path, capsys):
     (tmp_path / "main.o").touch()
+    lock = FileBaton(str(tmp_path / "lock"))
     take = (
         "import sys; from torch.utils.file_baton import FileBaton; "
-        f"baton = FileBaton({str(tmp_path / 'lock')!r}); print(baton.try_acquire(), flush=True); "
+        f"baton = FileBaton({lock.lock_file_path!r}); print(baton.try_acquire(), flush=True); "
         "sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", take], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as compiler:
         assert compiler.stdout.readline() == "True\n"
-        drop_stale_lock(tmp_path)
-        assert not FileBaton(str(tmp_path / "lock")).try_acquire()
+        with alone_in(tmp_path):
+            assert not lock.try_acquire()
         compiler.kill()
         compiler.wait()
-    drop_stale_lock(tmp_path)
-    assert FileBaton(str(tmp_path / "lock")).try_acquire()
+    with alone_in(tmp_path):
+        assert lock.try_acquire()
     assert capsys.readouterr().err.count("the process that compiled there is gone") == 1
     assert (tmp_path / "main.o").exists()
+
+
+def test_one_process_at_a_time_builds_and_a_killed_one_holds_nobody_up(tmp_path):
+    build = (
+        "import pathlib, sys, time; from wanmoe.train.ranks import alone_in\n"
+        f"with alone_in(pathlib.Path({str(tmp_path)!r})):\n print('in', flush=True); sys.stdin.readline()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", build], **pipes) as first:
+        assert first.stdout.readline() == "in\n"
+        guard = os.open(tmp_path, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        first.kill()
+        first.wait()
+    fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(guard)
