@@ -7,7 +7,6 @@ import math
 import signal
 import sys
 import time
-import uuid
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +42,7 @@ from .saver import Saver
 from .side import Side, check_alike, order_of_sides
 from .stages import STAGES, stage_name, total_steps
 from .tracking import Tracker, flatten
-from .watchdog import LostRankError, Watchdog, check_unused
+from .watchdog import Watchdog, watch_over
 from .zero import make_plan, room
 
 
@@ -53,29 +52,24 @@ def train(config: TrainerConfig) -> list[Path]:
     Every rank of the launcher calls this. Raises WanmoeError for faults in config, data or weights.
     """
     rank, world, device = init_distributed()
-    trainer = Trainer(config, rank, world, device)
-    why = "its main thread raised an error"
-    try:
-        trainer.fit()
-        why = ""
-    except WanmoeError as error:
-        why = str(error)
-        raise
-    except RuntimeError as error:
-        # A collective fails at once where a rank has died, and says nothing of which.
-        if told := trainer.watchdog.wait_for_lost():
-            raise LostRankError(f"{told}; the same command goes on from the last save") from error
-        raise
-    finally:
-        trainer.close(why)
+    with watch_over(config.train, rank, world) as watchdog:
+        trainer = Trainer(config, rank, world, device, watchdog)
+        failed = True
+        try:
+            trainer.fit()
+            failed = False
+        finally:
+            trainer.close(failed)
     return [side.output(trainer.run) for side in trainer.sides]
 
 
 class Trainer:
     """State of one run on one rank: its models, the batches that they share, and where it stands."""
 
-    def __init__(self, config: TrainerConfig, rank: int, world: int, device: torch.device) -> None:
-        self.rank, self.world, self.device = rank, world, device
+    def __init__(
+        self, config: TrainerConfig, rank: int, world: int, device: torch.device, watchdog: Watchdog
+    ) -> None:
+        self.rank, self.world, self.device, self.watchdog = rank, world, device, watchdog
         self.stop_signal: int | None = None
         # From here on: a job that is told to stop while it loads stops after its first step, in order.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -86,7 +80,6 @@ class Trainer:
         self.config = config = with_accumulation(config, max(self.clip_world, 1))
         self.spec = STAGES[stage_name(config)]
         self.run = config.train.run
-        self.watchdog = self._guard()
         self.sides = self._load_sides()
         check_alike(self.sides)
         # What a file and the stage decided is what the run writes down.
@@ -110,7 +103,10 @@ class Trainer:
             resume.check(self.run, state, trainer, self._identity(), names)
         self._say(self._start_line())
         for index, side in enumerate(self.sides):
-            side.start(state, self.order[: self.step].count(index))
+            side.start(
+                state, self.order[: self.step].count(index), trainer.get("updates", {}).get(side.name, 0)
+            )
+            self.watchdog.beat(self.step)
             if line := side.describe_loading():
                 self._say(line)
         if state is not None:
@@ -126,21 +122,16 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ to its start
 
-    def _guard(self) -> Watchdog:
-        """Takes the run folder for this job, and leaves the first sign of life there."""
-        signs = self.run / "ranks"
-        together(lambda: check_unused(signs) if self.rank == 0 else None)
-        attempt = [uuid.uuid4().hex]
-        dist.broadcast_object_list(attempt)
-        return Watchdog(signs, self.rank, self.world, attempt[0], self.config.train.timeout)
-
     def _load_sides(self) -> list[Side]:
         configs = side_configs(self.config)
         # Hashing 28 GB takes a while: once, not once per rank.
-        hashes: list[dict[str, dict[str, str]]] = [{}]
-        if self.rank == 0:
-            hashes = [{name: file_hashes(one) for name, one in configs.items()}]
+        hashes = [
+            together(
+                lambda: {name: file_hashes(one) for name, one in configs.items()} if self.rank == 0 else {}
+            )
+        ]
         dist.broadcast_object_list(hashes)
+        self.watchdog.beat(0)
         width = 2 if uses_bf16(self.config, self.device) else 4
         elements = [base_elements(one) for one in configs.values()]
         self.plan = make_plan(
@@ -152,10 +143,12 @@ class Trainer:
             mixed=self.config.train.stage == "pretrain" and width == 2,
         )
         alone = len(configs) == 1
-        return [
-            Side(one, name, self.plan, self.device, hashes[0][name], alone=alone, say=self._say)
-            for name, one in configs.items()
-        ]
+        sides = []
+        for name, one in configs.items():
+            of_it = (one, name, self.plan, self.device, hashes[0][name])
+            sides.append(together(lambda of_it=of_it: Side(*of_it, alone=alone, say=self._say)))  # type: ignore[misc]
+            self.watchdog.beat(0)
+        return sides
 
     def _share_clips(self) -> SequenceParallel | None:
         heads = self.sides[0].dit.config.num_heads
@@ -256,7 +249,6 @@ class Trainer:
         """Trains to the last step or an early stop; told to stop by a signal, saves within a step and
         returns."""
         config = self.config.train
-        self.watchdog.start()
         if self.step == 0 and self._validate():
             self._save()
         if self._complete:
@@ -450,6 +442,7 @@ class Trainer:
         facts |= {
             "bad_samples": dict(self.feed.bad_samples),
             "best": {side.name: dict(side.watch.best) for side in self.sides},
+            "updates": {side.name: side.updates for side in self.sides},
             "mlflow_run": self.tracker.run_id if self.tracker else None,
         }
         writes = [(side.watch.writes(self.step), side.step) for side in self.sides]
@@ -487,11 +480,10 @@ class Trainer:
         for line in told:
             self._say(f"step {step}: {line}")
 
-    def close(self, why: str = "") -> None:
-        """Ends the run on this rank, because of `why` if all is not well."""
-        self.watchdog.close(why)
+    def close(self, failed: bool = False) -> None:
+        """Ends the run on this rank."""
         if self.tracker is not None:
-            self.tracker.close("FAILED" if why else "FINISHED" if self._complete else "KILLED")
+            self.tracker.close("FAILED" if failed else "FINISHED" if self._complete else "KILLED")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_signal = number

@@ -55,7 +55,7 @@ def base_elements(config: TrainerConfig) -> int:
 
 
 def open_shards(
-    config: TrainerConfig, dtype: torch.dtype | None, say: Callable[[str], object]
+    config: TrainerConfig, dtype: torch.dtype | None, device: torch.device, say: Callable[[str], object]
 ) -> Sliced | None:
     """The base, left on disk for ZeRO-3 to read its shards from; None where it has to be loaded whole.
 
@@ -65,7 +65,7 @@ def open_shards(
         return None
     opened = open_dit(config.model.dit)
     if opened.whole is None:
-        return Sliced(opened, dtype)
+        return Sliced(opened, dtype, device)
     say(
         f"warning: {opened.whole} is in the torch format of before 1.6, which can only be read whole: every "
         "rank holds the model while it starts; save it with torch.save once more, or as safetensors"
@@ -74,13 +74,17 @@ def open_shards(
 
 
 def load_model(
-    config: TrainerConfig, dtype: torch.dtype | None = None, shards: Sliced | None = None
+    config: TrainerConfig,
+    dtype: torch.dtype | None = None,
+    shards: Sliced | None = None,
+    device: str | torch.device = "cpu",
 ) -> tuple[WanDiT, Adapter | None]:
     """(frozen DiT with its adapter attached, the adapter) as a config asks for.
 
     Args:
         dtype: of the base weights; None keeps that of the file. Adapters are fp32 all the same.
         shards: a base that is read later.
+        device: where the base goes as it is read; adapters follow with the engine.
     """
     model = config.model
     if shards is not None:
@@ -89,7 +93,7 @@ def load_model(
         torch.manual_seed(config.train.seed)
         dit = WanDiT(WanConfig.preset(str(model.preset)))
     else:
-        dit = load_dit(model.dit, dtype=dtype)
+        dit = load_dit(model.dit, dtype=dtype, device=device)
     if config.train.stage == "pretrain":
         return dit, None
     check_router(config)

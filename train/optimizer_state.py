@@ -40,10 +40,11 @@ def gather_state(engine: Any, trainable: Mapping[str, nn.Parameter]) -> dict[str
 
 
 def restore_state(
-    engine: Any, trainable: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], step: int
+    engine: Any, trainable: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], updates: int
 ) -> None:
-    """Puts gathered masters and moments into a fresh engine, at any world size and stage."""
-    allocate_moments(engine, step)
+    """Puts gathered masters and moments, as after `updates` updates, into a fresh engine, at any world size
+    and stage."""
+    allocate_moments(engine, updates)
     set_masters(engine, trainable, {name: state[f"param/{name}"] for name in trainable})
     for name, parameter in trainable.items():
         for key in MOMENTS:
@@ -56,8 +57,8 @@ def set_masters(engine: Any, trainable: Mapping[str, nn.Parameter], values: Mapp
         _set(engine, parameter, values[name], None)
 
 
-def allocate_moments(engine: Any, step: int) -> None:
-    """Zero moments, as after `step` steps, for everything that this rank updates: AdamW makes them late."""
+def allocate_moments(engine: Any, updates: int) -> None:
+    """Zero moments, as after so many updates, for all that this rank updates: AdamW makes them late."""
     wrapper = engine.optimizer
     optimizer = getattr(wrapper, "optimizer", wrapper)
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO-3
@@ -66,7 +67,7 @@ def allocate_moments(engine: Any, step: int) -> None:
         updated = [p for group in optimizer.param_groups for p in group["params"]]
     for tensor in updated:
         moments = {key: torch.zeros_like(tensor) for key in MOMENTS}
-        optimizer.state[tensor] = {"step": torch.tensor(float(step)), **moments}
+        optimizer.state[tensor] = {"step": torch.tensor(float(updates)), **moments}
     if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
         # ZeRO-1 and 2 find a parameter's moments by a table, made at the first step and never again.
         wrapper._hp_optimizer_states_linked = False

@@ -5,21 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+# Where a tensor may begin within the memory of a model.
+_ALIGN = 256
+
 
 class Parked:
     """The frozen parameters of a module, kept in host memory and copied to a card while they are needed.
 
-    What is frozen never travels back. What trains stays where the optimizer has it. On the host the copies
-    are pinned where there is a card.
+    What is frozen never travels back. What trains stays where the optimizer has it. The host has them in one
+    piece, pinned where there is a card.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        pin = torch.cuda.is_available()
+        frozen = [p for p in module.parameters() if not p.requires_grad]
+        sizes = [-(-p.nbytes // _ALIGN) * _ALIGN for p in frozen]
+        flat = host_memory(sum(sizes))
         self.masters: dict[nn.Parameter, Tensor] = {}
-        for parameter in module.parameters():
-            if not parameter.requires_grad:
-                host = parameter.data.to("cpu")
-                self.masters[parameter] = host.pin_memory() if pin else host
+        for parameter, piece in zip(frozen, flat.split(sizes), strict=True):
+            host = piece[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+            self.masters[parameter] = host.copy_(parameter.data)
         self.here = True
         """Whether the device has it."""
 
@@ -35,3 +39,13 @@ class Parked:
         for parameter, host in self.masters.items():
             parameter.data = host
         self.here = False
+
+
+def host_memory(size: int) -> Tensor:
+    """uint8 [size] of the host, pinned where there is a card; to the byte, where torch's own pinned memory is
+    rounded up to a power of two."""
+    flat = torch.empty(size, dtype=torch.uint8)
+    if torch.cuda.is_available() and size:
+        # Where the system forbids it the copies wait for the host, and are right all the same.
+        torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), size, 0)
+    return flat

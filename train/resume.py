@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
+import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.lora_moe import table
@@ -17,6 +19,7 @@ from .model import local_files
 from .ranks import agree
 from .stages import stage_name
 from .tracking import flatten
+from .zero import node_size
 
 if TYPE_CHECKING:
     from .data.loader import TrainBatches
@@ -95,6 +98,8 @@ def agree_on_start(
         "the tuned table of the kernels": table.digest(sides[0].device),
         "the order of the samples": [batches.order.batch(step) for step in range(16)],
         "how the models are held": plan.stage,
+        "the number of ranks of a node": node_size(dist.get_world_size()),
+        **{f"the version of {name}": importlib.metadata.version(name) for name in ("torch", "deepspeed")},
     }
     files = {side.prefix + key: value for side in sides for key, value in local_files(side.config).items()}
     agree(settings | files)

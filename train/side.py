@@ -69,8 +69,10 @@ class Side:
         self.spec = STAGES[stage_name(config)]
         self.dtype = torch.bfloat16 if uses_bf16(config, device) else torch.float32
         dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else None
-        self.shards = open_shards(config, dtype, say) if plan.stage == 3 else None
-        self.dit, self.adapter = load_model(config, dtype, self.shards)
+        self.shards = open_shards(config, dtype, device, say) if plan.stage == 3 else None
+        # A whole copy goes straight to the card: the ranks of a node would hold one each on the host.
+        place = "cpu" if plan.park or plan.stage == 3 else device
+        self.dit, self.adapter = load_model(config, dtype, self.shards, place)
         self.dit.checkpointing = config.train.checkpointing
         if self.adapter is not None:
             ready_adapter(config, self.spec, self.adapter)
@@ -81,12 +83,16 @@ class Side:
         # Before the engine shards them: what does not train in this stage goes into the file as it is.
         parameters = {} if self.adapter is None else self.adapter.parameters()
         self.frozen = {
-            n: p.detach().float().clone() for n, p in parameters.items() if n not in self.trainable
+            n: p.detach().to("cpu", torch.float32, copy=True)
+            for n, p in parameters.items()
+            if n not in self.trainable
         }
         self.step = 0
         """Steps that this side has had."""
         self.steps = 0
         """Steps that it will have had at the end."""
+        self.updates = 0
+        """Steps that changed something: those that were skipped do not count for the optimizer."""
         self.grad_norm = math.nan
         """Of the last update, whole, before it was clipped."""
         self.engine: Any = None
@@ -125,8 +131,9 @@ class Side:
         names = [] if self.adapter is None else self.adapter.experts.names
         self.meter = Meter(names, self.dit.config.boundary, self.device)
 
-    def start(self, state: Mapping[str, Tensor] | None, step: int) -> None:
-        """Makes the engine, at `step` steps of this side with their masters and moments, or afresh."""
+    def start(self, state: Mapping[str, Tensor] | None, step: int, updates: int) -> None:
+        """Makes the engine, at `step` steps of this side, of which `updates` were not skipped, with their
+        masters and moments, or afresh."""
         own = None if state is None else self.own_part(state)
         if own is not None:
             for name, parameter in self.trainable.items():
@@ -146,8 +153,8 @@ class Side:
         if own is None:
             set_masters(self.engine, self.trainable, masters)
         else:
-            restore_state(self.engine, self.trainable, own, step)
-        self.step = step
+            restore_state(self.engine, self.trainable, own, updates)
+        self.step, self.updates = step, updates
         self.unseen_gradients = set(self.trainable) if state is None else set()
         if self.plan.park:
             self.parked = Parked(self.dit)
@@ -181,9 +188,12 @@ class Side:
     def describe(self) -> str:
         """What trains, on what, for the first lines of a run."""
         rate, blocks = self.config.optimizer.lr or self.spec.lr, len(self.dit.blocks)
-        prefix = f"prefix {self.dit.first_adapted} of {blocks} blocks without a graph"
+        first = self.dit.first_adapted
+        prefix = f"prefix {first} of {blocks} blocks without a graph"
         if not self.dit.prefix_frozen:
-            prefix = f"all {blocks} blocks train"
+            first, prefix = 0, f"all {blocks} blocks train"
+        if self.dit.checkpointing:
+            prefix += f", blocks {first} to {blocks - 1} computed again in the backward"
         parts = ", ".join(self.spec.trains) or "all"
         if self.adapter is not None and self.spec.routing in ("labels", "router"):
             parts += f"; time gate {self.adapter.router_config.loudness}"
@@ -235,7 +245,14 @@ class Side:
 
     def drop_gradients(self) -> None:
         """Forgets what the forwards of this step have accumulated."""
-        (self.engine if self.plan.stage == 0 else self.engine.optimizer).zero_grad()
+        if self.plan.stage == 0:
+            self.engine.zero_grad()
+            return
+        self.engine.optimizer.zero_grad()
+        # ZeRO-1 and 2 keep the sums of earlier forwards beside the gradients, and add them to the next ones.
+        for sums in ("averaged_gradients", "all_grad_tensors"):
+            kept = getattr(self.engine.optimizer, sums, {})
+            kept.update(dict.fromkeys(kept))
 
     def update(self) -> bool:
         """The optimizer's step; False, and nothing has changed, where a gradient is not finite."""
@@ -249,6 +266,7 @@ class Side:
         self.engine.step()
         if not self.engine.was_step_applied():
             return False
+        self.updates += 1
         if self.plan.stage > 0:
             self.grad_norm = float(self.engine.get_global_grad_norm())
         return True

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..moe_lora import WanmoeError
 from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weights import OpenDiT, check_computable
 
@@ -23,12 +24,12 @@ from ..moe_lora.wan.weights import OpenDiT, check_computable
 class Loaded:
     """What one rank read."""
 
-    seconds: float
-    bytes_read: int
-    """Of this rank's rows."""
-    bytes_whole: int
-    """Of the model."""
-    peak: int
+    seconds: float = 0.0
+    bytes_read: int = 0
+    """Of this rank's rows, as the files hold them."""
+    bytes_whole: int = 0
+    """Of the whole model."""
+    peak: int = 0
     """Bytes of host memory that the process held at most while it read, beyond what it held before."""
 
 
@@ -38,18 +39,20 @@ class Sliced:
     Args:
         opened: model and files; `opened.dit` gets parameters of the right shape that hold nothing.
         dtype: that the weights are converted to; None keeps that of the files.
+        device: where the shards will be.
     """
 
-    def __init__(self, opened: OpenDiT, dtype: torch.dtype | None) -> None:
-        self.opened, self.dtype = opened, dtype
+    def __init__(self, opened: OpenDiT, dtype: torch.dtype | None, device: torch.device) -> None:
+        self.opened, self.device = opened, device
         self.names: dict[int, str] = {}
         self.loaded: Loaded | None = None
         for name in opened.dit.state_dict():
             stored = opened.named[name]
             sample = stored.part(0, 1)
             check_computable(name, sample, dtype, opened.label)
-            # One element under every index: a full shape that takes no memory.
-            empty = torch.zeros(1, dtype=dtype or sample.dtype).expand(stored.shape)
+            # One element under every index: a full shape that takes no memory, and that DeepSpeed, which
+            # brings a parameter to the device before it is cut, has no need to copy there.
+            empty = torch.zeros(1, dtype=dtype or sample.dtype, device=device).expand(stored.shape)
             parameter = nn.Parameter(empty, requires_grad=False)
             self.names[id(parameter)] = name
             owner, _, leaf = name.rpartition(".")
@@ -68,8 +71,11 @@ class Sliced:
         for parameter in module.parameters():
             if id(parameter) not in self.names:
                 parameter.data = parameter.data.to(dtype)
-        start, before, high = time.monotonic(), _resident(), 0
-        bytes_read = bytes_whole = 0
+        # The engine leaves a model that is partitioned already where it is.
+        for buffer in module.buffers():
+            buffer.data = buffer.data.to(self.device)
+        start, before = time.monotonic(), _resident()
+        self.loaded, self._filled = Loaded(), set[str]()
         sliced = self
 
         import deepspeed
@@ -79,7 +85,6 @@ class Sliced:
             """DeepSpeed's own partitioning, but for the parameters that are still on disk."""
 
             def _zero_init_param(self, param: Any) -> None:
-                nonlocal bytes_read, bytes_whole, high
                 name = sliced.names.get(id(param))
                 if name is None:
                     super()._zero_init_param(param)
@@ -89,9 +94,7 @@ class Sliced:
                 # The shards within a node (hpZ) are cut from the first whole weight that is gathered; those
                 # that were cut just now hold nothing.
                 param.ds_secondary_tensor = None
-                bytes_whole += param.ds_numel * param.element_size()
-                bytes_read += sliced.fill(name, param)
-                high = max(high, _resident())
+                sliced._fill(name, param)
 
         Init(
             module=module,
@@ -100,19 +103,36 @@ class Sliced:
             # The ranks of a node, if another model of the job has made their group; a second is refused.
             zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
         )
-        self.loaded = Loaded(time.monotonic() - start, bytes_read, bytes_whole, max(high - before, 0))
+        if missed := sorted(set(self.names.values()) - self._filled):
+            # `_zero_init_param` is DeepSpeed's own affair: a version without it would train on zeros.
+            raise WanmoeError(
+                f"deepspeed {deepspeed.__version__} partitions parameters in a way that is not known here: "
+                f"{len(missed)} were not read, e.g. {missed[0]}; run: pip install 'deepspeed<0.20'"
+            )
+        self.loaded.seconds = time.monotonic() - start
+        self.loaded.peak = max(self.loaded.peak - before, 0)
 
-    def fill(self, name: str, parameter: Any) -> int:
-        """Reads this rank's elements of a partitioned parameter into their place; returns their bytes."""
+    def _fill(self, name: str, parameter: Any) -> None:
+        """Reads this rank's elements of a partitioned parameter into their place."""
         shard: Tensor = parameter.ds_tensor
+        if shard.dtype != parameter.dtype or shard.numel() == 0:
+            raise WanmoeError(
+                "the base cannot be read into quantised shards or shards on NVMe: leave "
+                "zero_quantized_nontrainable_weights and offload_param to nvme out of deepspeed.config"
+            )
         size, rank = shard.numel(), dist.get_rank(group=parameter.ds_process_group)
         first = min(size * rank, parameter.ds_numel)
         stop = min(first + size, parameter.ds_numel)  # the last rank's shard may be padded
+        stored, loaded = self.opened.named[name], self.loaded
+        assert loaded is not None
         if stop > first:
-            part = self.opened.named[name].part(first, stop)
+            part = stored.part(first, stop)
             shard[: stop - first].copy_(part)
+            loaded.bytes_read += part.nbytes
+            loaded.bytes_whole += parameter.ds_numel * part.element_size()
+            loaded.peak = max(loaded.peak, _resident())
         shard[stop - first :].zero_()
-        return (stop - first) * shard.element_size()
+        self._filled.add(name)
 
 
 def _for_init(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,13 +15,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+import torch.distributed as dist
 
 from ..moe_lora import WanmoeError
+from .config import TrainConfig
+from .ranks import together
 
 # Exit code of a job that may be started again as it is: sysexits' EX_TEMPFAIL.
 TRY_AGAIN = 75
@@ -105,7 +109,7 @@ class Watchdog:
         self._write()
 
     def start(self) -> None:
-        """Begins to watch; every rank has written its first sign by now."""
+        """Begins to watch."""
         self._arm()
         self._thread.start()
 
@@ -212,6 +216,35 @@ class Watchdog:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(self.own)))
         os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def watch_over(config: TrainConfig, rank: int, world: int) -> Iterator[Watchdog]:
+    """Takes the run folder for this start of a job and watches over its ranks, to whatever end it comes.
+
+    A collective. Raises WanmoeError where another job is at work there, LostRankError where the error of this
+    rank is that another has died.
+    """
+    signs = config.run / "ranks"
+    together(lambda: check_unused(signs) if rank == 0 else None)
+    attempt = [uuid.uuid4().hex]
+    dist.broadcast_object_list(attempt)
+    watchdog = Watchdog(signs, rank, world, attempt[0], config.timeout)
+    watchdog.start()
+    why = "its main thread raised an error"
+    try:
+        yield watchdog
+        why = ""
+    except WanmoeError as error:
+        why = str(error)
+        raise
+    except RuntimeError as error:
+        # A collective fails at once where a rank has died, and says nothing of which.
+        if told := watchdog.wait_for_lost():
+            raise LostRankError(f"{told}; the same command goes on from the last save") from error
+        raise
+    finally:
+        watchdog.close(why)
 
 
 def read_sign(folder: Path, rank: int) -> Sign | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ MAX_BUCKET = 200_000_000
 # Share of a card (of the host, on the CPU) that whole copies of the models may take; the rest is for
 # activations, gradients and buffers.
 SHARE = 0.6
+# The same where there is no other way than to try.
+MOST = 0.85
 # Bytes per trainable parameter beside its weight: gradient, master and two moments, fp32 each.
 STATE_BYTES = 16
 
@@ -71,7 +74,7 @@ def make_plan(
         mixed: the base itself trains, in bf16, and so needs the masters that ZeRO keeps.
 
     Raises:
-        WanmoeError: stage 0 is asked for where it has no masters.
+        WanmoeError: stage 0 is asked for where it has no masters, or nothing fits.
     """
     if asked == 0 and mixed:
         raise WanmoeError(
@@ -79,14 +82,31 @@ def make_plan(
         )
     if asked != "auto":
         return Plan(asked, f"ZeRO-{asked}, as configured")
-    whole = sum(models) + STATE_BYTES * trainable
+    state = STATE_BYTES * trainable
+    whole = sum(models) + state
     told = f"{whole / 1e9:.3g} GB of weights and optimizer in {memory / 1e9:.3g} GB a rank"
     replicated: Stage = 1 if world > 1 or mixed else 0
     if whole <= SHARE * memory:
         return Plan(replicated, f"ZeRO-{replicated}, whole copies: {told}")
-    if world == 1 and len(models) > 1 and max(models) + STATE_BYTES * trainable <= SHARE * memory:
-        return Plan(0, f"ZeRO-0, the idle model in host memory: {told}", park=True)
-    return Plan(3, f"ZeRO-3, shards: {told}")
+    if world == 1:  # the only shard is the whole
+        if len(models) > 1 and max(models) + state <= MOST * memory:
+            return Plan(0, f"ZeRO-0, the idle model in host memory: {told}", park=True)
+        if whole <= MOST * memory:
+            return Plan(replicated, f"ZeRO-{replicated}, the one copy: {told}")
+    within = f", and once more within each node of {node} ranks" if (node := node_size(world)) else ""
+    if world > 1 and whole / world + (sum(models) / node if node else 0) <= MOST * memory:
+        return Plan(3, f"ZeRO-3, shards{within}: {told}")
+    raise WanmoeError(
+        f"{told} do not fit; train on at least {max(math.ceil(whole / (SHARE * memory)), 2)} such cards "
+        "(launch.ranks, or more nodes), or one model at a time"
+    )
+
+
+def node_size(world: int) -> int | None:
+    """Ranks of each node, where there are several nodes of several ranks, all alike as far as this one can
+    tell; else None."""
+    local = local_world()
+    return local if 1 < local < world and world % local == 0 else None
 
 
 def deepspeed_config(
@@ -114,8 +134,10 @@ def deepspeed_config(
         "gradient_accumulation_steps": config.train.accumulation,
         "gradient_clipping": config.optimizer.max_grad_norm,
         "steps_per_print": 10**9,
-        # Without ZeRO what trains stays fp32 beside a bf16 base, and the engine casts nothing.
-        "bf16": {"enabled": bf16 and stage > 0},
+        # What trains stays fp32 beside a bf16 base, and its gradients too, where the engine casts nothing:
+        # but for shards, of one dtype, and a base that trains.
+        "bf16": {"enabled": bf16 and (stage == 3 or config.train.stage == "pretrain")},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
     }
     merged = _merge(derived, config.deepspeed.config)
@@ -130,10 +152,10 @@ def deepspeed_config(
 
 def _sharding(dit: WanDiT, world: int) -> dict[str, Any]:
     block = sum(p.numel() for p in dit.blocks[0].parameters())
-    local = local_world()
     # Between nodes a base that is sharded over all ranks would be gathered at each block; a second set of
     # shards within the node serves all but the first time, since what is frozen never changes.
-    hpz = {"zero_hpz_partition_size": local} if 1 < local < world else {}
+    node = node_size(world)
+    hpz = {"zero_hpz_partition_size": node} if node else {}
     return {
         # One block ahead; every adapter tensor stays resident, the base is sharded.
         "stage3_prefetch_bucket_size": block,

@@ -32,16 +32,19 @@ from wanmoe.launch.config import parse_config  # noqa: E402
 from wanmoe.moe_lora import WanmoeError  # noqa: E402
 from wanmoe.train.loop import Trainer, train  # noqa: E402
 from wanmoe.train.ranks import init_distributed  # noqa: E402
+from wanmoe.train.watchdog import watch_over  # noqa: E402
 
 try:
     config = parse_config(job["config"], "test")
     if "code" in job:
-        trainer = Trainer(config, *init_distributed())
-        found = {"trainer": trainer, "torch": torch, "json": json}
-        exec(job["code"], found)
-        if "result" in found:
-            Path(job["result"]).write_text(json.dumps(found["result"]))
-        trainer.close()
+        rank, world, device = init_distributed()
+        with watch_over(config.train, rank, world) as watchdog:
+            trainer = Trainer(config, rank, world, device, watchdog)
+            found = {"trainer": trainer, "torch": torch, "json": json}
+            exec(job["code"], found)
+            if "result" in found:
+                Path(job["result"]).write_text(json.dumps(found["result"]))
+            trainer.close()
     else:
         train(config)
 except WanmoeError as error:

@@ -103,7 +103,7 @@ def test_a_file_that_can_only_be_read_whole_is_told_and_loaded_whole(ranks, conf
 
 def test_what_trains_whole_is_loaded_whole(config, base):
     config["train"] |= {"stage": "pretrain"}
-    assert open_shards(parse_config(config, "test"), None, print) is None
+    assert open_shards(parse_config(config, "test"), None, torch.device("cpu"), print) is None
 
 
 @pytest.mark.parametrize("bounds", [(0, 1), (0, 24), (5, 6), (7, 19), (23, 24), (12, 12)])

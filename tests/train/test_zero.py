@@ -44,7 +44,7 @@ def test_another_stage_under_deepspeeds_own_key_is_refused(config, base):
         deepspeed_config(parse_config(config, "test"), dit, trainable, stage=1, bf16=False, world=1)
 
 
-@pytest.mark.parametrize(("local", "world", "group"), [(8, 16, 8), (8, 8, None), (1, 2, None)])
+@pytest.mark.parametrize(("local", "world", "group"), [(8, 16, 8), (8, 8, None), (1, 2, None), (8, 12, None)])
 def test_on_several_nodes_frozen_shards_are_kept_within_each(monkeypatch, config, base, local, world, group):
     monkeypatch.setenv("LOCAL_SIZE", str(local))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
@@ -67,7 +67,9 @@ BASE = 28_577_000_000  # bytes of one A14B model in bf16
         ([BASE, BASE], 16, 80 * GB, 3, False),
         ([BASE, BASE], 1, 80 * GB, 0, True),
         ([BASE, BASE], 8, 140 * GB, 1, False),
-        ([BASE, BASE], 1, 40 * GB, 3, False),
+        ([BASE, BASE], 1, 40 * GB, 0, True),
+        ([BASE], 1, 40 * GB, 0, False),
+        ([BASE, BASE], 4, 24 * GB, 3, False),
     ],
 )
 def test_whole_copies_where_they_fit_and_shards_where_they_do_not(models, world, memory, stage, park):
@@ -75,6 +77,16 @@ def test_whole_copies_where_they_fit_and_shards_where_they_do_not(models, world,
     assert (plan.stage, plan.park) == (stage, park)
     assert f"ZeRO-{stage}" in plan.why and f"{memory / 1e9:.3g} GB a rank" in plan.why
     assert make_plan(2, models, 0, world, memory).stage == 2
+
+
+@pytest.mark.parametrize(
+    ("models", "world", "memory", "cards"),
+    [([BASE], 1, 24 * GB, 2), ([BASE, BASE], 1, 24 * GB, 4), ([BASE, BASE], 2, 24 * GB, 4)],
+)
+def test_what_does_not_fit_is_refused_with_the_number_of_cards_that_do(models, world, memory, cards):
+    with pytest.raises(WanmoeError, match=f"GB a rank do not fit; train on at least {cards} such cards"):
+        make_plan("auto", models, 0, world, memory)
+    assert make_plan("auto", models, 0, cards, memory).stage == 3
 
 
 def test_a_base_that_trains_in_bf16_gets_masters():
