@@ -211,8 +211,9 @@ class TrainConfig(Section):
     none. Needs a codec under `objective.vae`."""
     sample_steps: int = Field(20, ge=1)
     """Denoising steps of such a video."""
-    save_every: int = Field(0, ge=0)
-    """Steps between resume states; 0: only when stopped and at the end."""
+    save_every: int = Field(100, ge=0)
+    """Steps between resume states, from which a run that was killed goes on; 0: only when stopped and at the
+    end."""
     keep: int = Field(2, ge=1)
     """Resume states kept."""
     save_failure: Literal["stop", "go_on"] = "stop"

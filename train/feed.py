@@ -33,8 +33,7 @@ class Feed:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.bad_samples = dict(known)
         """Why a sample could not be read, by key, over all ranks."""
-        self.waited = 0.0
-        """Seconds that the slowest rank waited for its data; whoever logs it sets it back."""
+        self._waited = 0.0
         self._made: Iterator[Batch] = iter(())
         # What the ranks tell each other about data does not wait for the card.
         self._group = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
@@ -54,7 +53,7 @@ class Feed:
         told[0], told[1] = float(made is None), float(made is not None and len(made.faults) > 0)
         told[2 + self.rank] = time.monotonic() - asked
         dist.all_reduce(told, group=self._group)
-        self.waited += float(told[2:].max())
+        self._waited += float(told[2:].max())
         errors = self.gather(error) if told[0] > 0 else []
         for rank, text in enumerate(errors):
             if text is not None:
@@ -64,6 +63,17 @@ class Feed:
         if told[1] > 0:
             self.report(step, made.faults)
         return made
+
+    def take_wait(self) -> float:
+        """Seconds that the slowest rank has waited for its data since the last call."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def any(self, own: bool) -> bool:
+        """Whether any rank says so."""
+        told = torch.tensor([float(own)])
+        dist.all_reduce(told, group=self._group)
+        return bool(told > 0)
 
     def decide(self, choice: int) -> int:
         """The choice of rank 0, for all."""

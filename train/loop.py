@@ -111,11 +111,12 @@ class Trainer:
                 self._say(line)
         if state is not None:
             self._say(f"resuming {self.run} at step {self.step}")
-        self.bad_steps = 0
+        self.bad_steps, self.skipped = int(trainer.get("bad_steps", 0)), int(trainer.get("skipped", 0))
+        self.owed = bool(trainer.get("owed", False))
         bad_samples = trainer.get("bad_samples", {})
         self.feed = Feed(self.batches, config.data.max_bad_samples, bad_samples, self._say)
         self.saver = Saver()
-        self.tracker = self._tracker(trainer)
+        self.tracker = together(lambda: self._tracker(trainer))
         for side in self.sides:
             side.observe(self.tracker, trainer.get("best", {}).get(side.name))
         self.samples = together(self._open_samples) if config.train.sample_every else None
@@ -229,7 +230,8 @@ class Trainer:
         return tracker
 
     def _open_samples(self) -> Samples:
-        return Samples(self.config, self.sides, self.held_out, self.gates, self.device, self._enter)
+        beat = lambda: self.watchdog.beat(self.step)  # noqa: E731
+        return Samples(self.config, self.sides, self.held_out, self.gates, self.device, self._enter, beat)
 
     def _start_line(self) -> str:
         shared = (
@@ -255,6 +257,8 @@ class Trainer:
             # Nothing is left to train, but a run that was killed between its last two writes lacks a file.
             self._say(f"{self.run} is complete: {self.step} steps are done")
             self._save(last=True)
+        elif self.owed and self._validate():
+            self._save()
         self.feed.start(self.step, self.steps)
         bar = tqdm(
             total=self.steps,
@@ -265,33 +269,30 @@ class Trainer:
             mininterval=0.2 if sys.stderr.isatty() else 20,
             maxinterval=30,
         )
-        began, logged_at = time.monotonic(), self.step
         stopped = False
         while not self._complete and not stopped:
             side = self._side_of_step()
+            began = time.monotonic()
             values, stopped = self.train_step(side)
+            side.pace.add(time.monotonic() - began, self.feed.take_wait())
             self.watchdog.beat(self.step)
             bar.update()
             bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
-            ended = self.step == self.steps
             if self._logs(side):
-                values["train/steps_per_s"] = (self.step - logged_at) / max(time.monotonic() - began, 1e-9)
-                side.watch.log(self.step, values | side.meter.reduce())
-            validates = ended or (config.val_every and self.step % config.val_every == 0)
-            best = bool(validates) and self._validate()
-            if config.sample_every and (ended or self.step % config.sample_every == 0):
-                self._sample()
-            if (
-                self._complete
-                or stopped
-                or best
-                or (config.save_every and self.step % config.save_every == 0)
-            ):
+                side.watch.log(self.step, values | side.pace.take() | side.meter.reduce())
+            ended = self.step == self.steps
+            due = ended or bool(config.val_every and self.step % config.val_every == 0)
+            # Who is told to stop has little time: the validation of this step is the next start's.
+            self.owed = due and stopped and not ended
+            best = due and not self.owed and self._validate()
+            if due and not self.owed:
+                stopped = self.feed.any(self.stop_signal is not None)
+            saves = bool(config.save_every and self.step % config.save_every == 0)
+            if self._complete or stopped or best or saves:
                 self._save(last=self._complete or stopped)
+            if config.sample_every and (ended or (self.step % config.sample_every == 0 and not stopped)):
+                self._sample()
             self.watchdog.beat(self.step)
-            if self.step % config.log_every == 0:
-                # Validation and saving are not training time.
-                began, logged_at, self.feed.waited = time.monotonic(), self.step, 0.0
         bar.close()
         together(self.saver.wait)
         if self.tracker is not None and self._complete:
@@ -372,11 +373,8 @@ class Trainer:
         self.step += 1
         side.step += 1
         values = {f"train/{name}": value for name, value in totals.items()} | {"train/lr": lr} | norms
-        values["train/skipped_step"] = float(skipped)
-        values |= {
-            "data/wait_s": self.feed.waited,
-            "data/bad_samples": float(len(self.feed.bad_samples)),
-        }
+        values["train/skipped_steps"] = float(self.skipped)
+        values["data/bad_samples"] = float(len(self.feed.bad_samples))
         values.setdefault("train/loss", math.nan)
         if not skipped:
             self.bad_steps = 0
@@ -401,13 +399,17 @@ class Trainer:
 
     def _report_bad(self, own_keys: list[str], cause: str) -> None:
         self.bad_steps += 1
+        self.skipped += 1
         every = [key for part in self.feed.gather(own_keys) for key in part]
         named = ", ".join(dict.fromkeys(every))
-        self._say(f"step {self.step}: {cause}; skipped on all ranks; samples: {named}")
+        self._say(f"step {self.step + 1}: {cause}; skipped on all ranks; samples: {named}")
         if self.bad_steps >= self.config.train.max_bad_steps:
+            self.bad_steps = 0
+            self._save(last=True)  # what was learned before these steps is good
+            together(self.saver.wait)
             raise WanmoeError(
-                f"{self.bad_steps} steps in a row were skipped, at last because {cause} (samples: {named}); "
-                "lower optimizer.lr or check the shards with `wanmoe data verify`"
+                f"{self.config.train.max_bad_steps} steps in a row were skipped, at last because {cause} "
+                f"(samples: {named}); lower optimizer.lr or check the shards with `wanmoe data verify`"
             )
 
     def _validate(self) -> bool:
@@ -443,6 +445,9 @@ class Trainer:
             "bad_samples": dict(self.feed.bad_samples),
             "best": {side.name: dict(side.watch.best) for side in self.sides},
             "updates": {side.name: side.updates for side in self.sides},
+            "bad_steps": self.bad_steps,
+            "skipped": self.skipped,
+            "owed": self.owed,
             "mlflow_run": self.tracker.run_id if self.tracker else None,
         }
         writes = [(side.watch.writes(self.step), side.step) for side in self.sides]

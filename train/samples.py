@@ -40,8 +40,10 @@ class Samples:
         gates: LabelGates,
         device: torch.device,
         enter: Callable[[Side], None],
+        beat: Callable[[], None],
     ) -> None:
         self.steps, self.sides, self.enter = config.train.sample_steps, list(sides), enter
+        self.beat = beat
         self.folder, self.device = config.train.run / "samples", device
         self.codec = open_codec(str(config.objective.vae), held_out, device)
         null = held_out.null_context
@@ -92,6 +94,7 @@ class Samples:
         inputs: Inputs = side.objective.as_it_is(batch, side.dtype)
 
         def predict(x: Tensor, t: Tensor, context: Context, *_: object) -> Tensor:
+            self.beat()
             self.enter(side)
             side.engine.eval()
             text = [tokens.to(self.device, side.dtype) for tokens in context]

@@ -97,6 +97,7 @@ class Side:
         """Of the last update, whole, before it was clipped."""
         self.engine: Any = None
         self.watch: Watch
+        self.pace = Pace()
         self.parked: Parked | None = None
 
     # ------------------------------------------------------------------------------------------ to its start
@@ -361,6 +362,25 @@ class Side:
         """The result file in a run folder."""
         suffix = "" if self.name == "both" else f"-{self.name}"
         return run / f"{'model' if self.adapter is None else 'adapter'}{suffix}.safetensors"
+
+
+class Pace:
+    """How fast the steps of a model have been since the last line about them; validating and saving is not
+    theirs."""
+
+    steps, seconds, waited = 0, 0.0, 0.0
+
+    def add(self, seconds: float, waited: float) -> None:
+        """One more step, of which so many seconds went by in waiting for data."""
+        self.steps += 1
+        self.seconds += seconds
+        self.waited += waited
+
+    def take(self) -> dict[str, float]:
+        """The figures, which begin anew."""
+        told = {"train/steps_per_s": self.steps / max(self.seconds, 1e-9), "data/wait_s": self.waited}
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+        return told
 
 
 def order_of_sides(sides: Sequence[Side], steps: int) -> list[int]:

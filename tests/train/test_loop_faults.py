@@ -43,11 +43,46 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(
     text = ranks.run(config, 2, code=SPOILED.replace("VALUE", value), result=str(tmp_path / "found.json"))
     # Between the states after steps 3 and 4 nothing has moved; before and after, everything did.
     assert json.loads((tmp_path / "found.json").read_text())["same"] == [False, False, True, False, False]
-    assert "step 3: the gradient is not finite; skipped on all ranks; samples: train_" in text
-    skipped = [line["train/skipped_step"] for line in read_metrics(tmp_path / "run") if "train/lr" in line]
-    assert skipped == [0, 0, 0, 1, 0, 0]
+    assert "step 4: the gradient is not finite; skipped on all ranks; samples: train_" in text
+    skipped = [line["train/skipped_steps"] for line in read_metrics(tmp_path / "run") if "train/lr" in line]
+    assert skipped == [0, 0, 0, 1, 1, 1]
     state = load_file(tmp_path / "run" / "resume" / "step_00000006" / "state.safetensors")
     assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+# The loss of one forward of the third step is NaN on all ranks.
+LOST = """
+from wanmoe.train.optimizer_state import gather_state
+side, forwards = trainer.sides[0], 0
+class Spoiled:
+    def __call__(self, *args):
+        global forwards
+        forwards += 1
+        loss = real(*args)
+        return loss._replace(total=loss.total * float("nan")) if forwards == BAD else loss
+    def __getattr__(self, name):
+        return getattr(real, name)
+real, side.objective = side.objective, Spoiled()
+trainer.fit()
+state = gather_state(side.engine, side.trainable)
+if trainer.rank == 0:
+    torch.save(state, STATE)
+"""
+
+
+@pytest.mark.parametrize(("zero", "precision"), [(1, "fp32"), (2, "fp32"), (2, "bf16"), (3, "bf16")])
+def test_a_step_is_dropped_whole_whichever_of_its_forwards_was_lost(ranks, config, tmp_path, zero, precision):
+    """What the first forward has left behind must not reach the next step (ZeRO-2 keeps sums of its own)."""
+    found = []
+    for forward in (5, 6):
+        config["deepspeed"] = {"zero": zero}
+        config["train"] |= {"precision": precision, "accumulation": 2, "steps": 4}
+        config["train"]["run"] = str(tmp_path / f"run{forward}")
+        code = LOST.replace("BAD", str(forward)).replace("STATE", repr(str(tmp_path / f"{forward}.pt")))
+        assert "step 3: the loss is not finite" in ranks.run(config, 2, code=code)
+        found.append(torch.load(tmp_path / f"{forward}.pt"))
+    first, second = found
+    assert all(torch.equal(first[name], value) for name, value in second.items())
 
 
 FULL = """

@@ -110,3 +110,22 @@ def test_every_way_of_holding_the_model_trains_the_same(
     for name, value in adapter.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
     assert json.loads((run / "resume" / f"step_{STEPS:08d}" / "trainer.json").read_text())["step"] == STEPS
+
+
+@pytest.mark.parametrize(("zero", "world"), [(0, 1), (1, 2), (2, 2), (3, 2)])
+def test_a_base_in_bf16_trains_as_it_does_without_deepspeed(ranks, tree, tmp_path_factory, zero, world):
+    """What a card runs by default. Whole copies keep adapters and gradients in fp32, whatever the ZeRO stage;
+    shards are of one dtype, so that there the adapters are rounded too, and agree as far as bf16 goes."""
+    root = tmp_path_factory.mktemp("bf16")
+    found = []
+    for name, stage, count in (("one", 0, 1), ("other", zero, world)):
+        train = tree["train"] | {"run": str(root / name), "precision": "bf16", "checkpointing": True}
+        ranks.run(tree | {"train": train, "deepspeed": {"zero": stage}}, count)
+        losses = [line["train/loss"] for line in read_metrics(root / name) if "train/loss" in line]
+        found.append((losses, load_file(root / name / "adapter.safetensors")))
+    (expected, adapter), (losses, other) = found
+    bound = 5e-2 if zero == 3 else 1e-3
+    assert losses == pytest.approx(expected, rel=bound)
+    moved = sum(float((value - other[name]).square().sum()) for name, value in adapter.items()) ** 0.5
+    size = sum(float(value.square().sum()) for value in adapter.values()) ** 0.5
+    assert moved < bound * size

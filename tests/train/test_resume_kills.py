@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -103,6 +104,35 @@ def test_straight_is_bit_equal_to_seven_a_kill_and_thirteen(
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
     ours, theirs = (read_adapter(tmp_path / run / "adapter.safetensors")[1] for run in ("killed", "straight"))
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+# The gradients of the second step are not finite; the run ends with its third, or with its last.
+SKIPPED = """
+update = type(trainer.sides[0]).update
+def spoiled(side):
+    if side.step == 1:
+        next(iter(side.trainable.values())).grad.fill_(float("nan"))
+    return update(side)
+type(trainer.sides[0]).update = spoiled
+trainer.fit()
+"""
+
+
+def test_a_resume_after_a_skipped_step_is_bit_equal(ranks, shards, base, tmp_path):
+    """Adam has not counted that step, nor may it after the resume."""
+    tree = plan(shards, base, tmp_path / "straight", "b", None)
+    tree["deepspeed"] = {"zero": 0}
+    tree["train"] |= {"steps": 6, "save_every": 3}
+    assert "step 2: the gradient is not finite" in ranks.run(tree, 1, code=SKIPPED)
+    straight = state(tmp_path / "straight", 6)
+    run = tmp_path / "again"
+    (run / "resume").mkdir(parents=True)
+    third = "resume/step_00000003"
+    shutil.copytree(tmp_path / "straight" / third, run / third)
+    tree["train"]["run"] = str(run)
+    assert "at step 3" in ranks.run(tree, 1)
+    assert all(torch.equal(state(run, 6)[name], value) for name, value in straight.items())
+    assert json.loads((run / "resume" / "step_00000006" / "trainer.json").read_text())["skipped"] == 1
 
 
 def test_a_run_moves_from_two_ranks_to_four_to_one(ranks, shards, base, tmp_path):
