@@ -198,10 +198,12 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_the_sample(ranks, c
     config["objective"]["roi"] = 0
     config["train"] |= {"max_bad_steps": 2, "accumulation": 2}
     output = ranks.fail(config)
-    assert "step 0: the loss is not finite; skipped on all ranks; samples:" in output
+    assert "step 1: the loss is not finite; skipped on all ranks; samples:" in output
     assert "2 steps in a row were skipped" in output and "clip_000_abcdef01" in output
     assert "Traceback" not in output
-    assert not list((tmp_path / "run").glob("*.safetensors"))
+    saved = load_file(tmp_path / "run" / "adapter.safetensors")
+    ups = [value for name, value in saved.items() if "_up" in name]
+    assert ups and not any(up.any() for up in ups)
 
 
 def test_bf16_training_keeps_fp32_masters(ranks, config, tmp_path):
