@@ -16,7 +16,7 @@ from ..moe_lora import WanmoeError
 from . import checkpoint
 from .config import TrainerConfig
 from .model import local_files
-from .ranks import agree
+from .ranks import agree, together
 from .stages import stage_name
 from .tracking import flatten
 from .zero import node_size
@@ -43,15 +43,18 @@ CHOOSE = "choose another train.run or set train.resume = false"
 def find(
     run: Path, resume: bool, rank: int, say: Callable[[str], object]
 ) -> tuple[Path | None, dict[str, Tensor] | None, dict[str, Any]]:
-    """(folder, tensors, trainer.json) of the newest state that verifies, or nothing for a fresh start."""
+    """(folder, tensors, trainer.json) of the newest state that verifies, or nothing for a fresh start.
+
+    A collective. Raises WanmoeError where there are states and none can be resumed from.
+    """
     folder = run / "resume"
     if rank == 0:
         checkpoint.clear_leftovers(run)
     if not resume:
-        if rank == 0 and (aside := checkpoint.set_aside(folder)):
+        if aside := together(lambda: checkpoint.set_aside(folder) if rank == 0 else None):
             say(f"starting afresh; the states of the earlier run are in {aside}")
         return None, None, {}
-    path, complaints = checkpoint.latest(folder)
+    path, complaints = together(lambda: checkpoint.latest(folder))
     for complaint in complaints:
         say(complaint)
     return (None, None, {}) if path is None else (path, *checkpoint.read(path))
