@@ -3,12 +3,14 @@
 A folder holds `spool.jsonl` (one operation a line, numbered by `n`), `sent.jsonl` (the number up to which all
 is sent, and the runs that the server knows), `refused.jsonl` (what the server would not take, and why),
 `files/` (what the files that operations name held when they were logged) and `lock`. Both lists are appended
-to, and made short when the folder is opened or closed; a last line that a crash cut is left out, since nobody
-was told of it. Lines are handed to the system at once: they outlive a killed process, not a power cut.
+to, and made short when the folder is opened or closed, and when all is sent and they have grown long; a last
+line that a crash cut is left out, since nobody was told of it. Lines are handed to the system at once: they
+outlive a killed process, not a power cut.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -17,7 +19,7 @@ import secrets
 import shutil
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,50 @@ from ..moe_lora.files import write_atomic
 
 Operation = dict[str, Any]
 
+LONG = 4 << 20
+"""Bytes of a list from which on it is made short while the folder is open, once all is sent."""
+
 _open_here: set[Path] = set()
-"""Folders that this process has open: record locks keep processes apart, not two openings by one."""
+"""Folders that this process has locked: record locks keep processes apart, not two openings by one."""
+
+
+class FolderLock:
+    """Keeps a folder to one process until `close`, by a lock on its file `lock`.
+
+    Forked children do not inherit it, and a dead process loses it.
+
+    Args:
+        use: what who has it does there, and the way out, for the error.
+
+    Raises WanmoeError where another has it, OSError where the file cannot be written.
+    """
+
+    def __init__(self, folder: Path, use: str) -> None:
+        self.folder = folder.resolve()
+        # Asked for before the file is opened: to close it would free what this process has locked.
+        if self.folder in _open_here:
+            raise WanmoeError(f"{self.folder}: this process {use}")
+        self._file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Some cluster file systems have no locks: nothing keeps two processes apart there.
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                holder = os.read(self._file, 200).decode(errors="replace") or "another process"
+                os.close(self._file)
+                raise WanmoeError(f"{self.folder}: {holder} {use}") from error
+        try:
+            os.ftruncate(self._file, 0)
+            os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        except OSError:
+            os.close(self._file)
+            raise
+        _open_here.add(self.folder)
+
+    def close(self) -> None:
+        """Gives the folder free."""
+        os.close(self._file)
+        _open_here.discard(self.folder)
 
 
 class Spool:
@@ -57,14 +101,17 @@ class Spool:
         """When the last operation before this opening came, in ms since the epoch."""
         try:
             (self.folder / "files").mkdir(parents=True, exist_ok=True)
-            self._lock = self._locked()
+            self._lock = FolderLock(self.folder, "still logs or sends from here; wait until it ends")
+        except OSError as error:
+            raise _closed(folder, error) from error
+        try:
             if self._spooled.exists():
                 self.touched = int(self._spooled.stat().st_mtime * 1000)
             waiting = self._shorten()
             self._file = self._spooled.open("ab", buffering=0)
         except OSError as error:
-            _open_here.discard(self.folder)
-            raise WanmoeError(f"{folder}: could not be opened ({error.strerror})") from error
+            self._lock.close()
+            raise _closed(folder, error) from error
         self.waiting = len(waiting)
         """How many operations are not sent yet."""
         self._next = max([self._sent, *(op["n"] for op in waiting)]) + 1
@@ -87,18 +134,22 @@ class Spool:
             self.waiting += 1
             self._follow(op)
 
-    def keep(self, path: Path, replaced_whole: bool) -> str:
+    def keep(self, path: Path, replaced_whole: bool, clean: Callable[[str], str] | None = None) -> str:
         """Keeps what a file holds now; returns its path within the folder.
 
         Args:
             replaced_whole: whoever writes the file again puts a new one in its place (`write_atomic`). It is
                 then linked, which takes no time and no space; otherwise it is copied.
+            clean: takes what a text holds and returns what is kept of it.
         """
         name = Path("files") / secrets.token_hex(6) / path.name
         target = self.folder / name
         try:
             target.parent.mkdir()
-            if not replaced_whole or not _linked(path, target):
+            if clean is not None:
+                text = path.read_text(encoding="utf-8", errors="replace")
+                target.write_text(clean(text), encoding="utf-8")
+            elif not replaced_whole or not _linked(path, target):
                 shutil.copyfile(path, target)
         except OSError as error:
             raise WanmoeError(f"{path}: could not be kept in {self.folder} ({error.strerror})") from error
@@ -121,6 +172,10 @@ class Spool:
         self._head = ops[-1]["end"]
         with self._guard:
             self.waiting -= len(ops)
+            if not self.waiting:
+                # What fails is done the next time; nothing waits for it.
+                with contextlib.suppress(OSError, WanmoeError):
+                    self._empty(ops[-1]["n"])
         for op in ops:
             if "file" in op:
                 shutil.rmtree((self.folder / op["file"]).parent, ignore_errors=True)
@@ -140,39 +195,25 @@ class Spool:
         _append(self.refused, {"reason": reason, "op": op})
 
     def retry_refused(self) -> None:
-        """Appends what was refused once more."""
-        facts = list(_lines(self.refused))
-        for fact in facts:
-            if "run" in fact.get("op", {}):
-                self.append(fact["op"])
-        self.refused.unlink(missing_ok=True)
+        """Appends what was refused once more; what is damaged stays in the file."""
+        damaged = []
+        for fact in _lines(self.refused):
+            op = fact.get("op", {})
+            if "run" in op and op.get("op") != "damaged":
+                self.append(op)
+            else:
+                damaged.append(fact)
+        if damaged:
+            _rewrite(self.refused, damaged)
+        else:
+            self.refused.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Makes the lists short and gives the folder free."""
         with self._guard:
             self._file.close()
             self._shorten()
-            os.close(self._lock)
-            _open_here.discard(self.folder)
-
-    def _locked(self) -> int:
-        """Descriptor that holds the lock. Forked children do not inherit it, a dead process loses it."""
-        file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        holder = "this process" if self.folder in _open_here else None
-        try:
-            if holder is None:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # Some cluster file systems have no locks: nothing keeps two processes apart there.
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                holder = os.read(file, 200).decode(errors="replace")
-        if holder is not None:
-            os.close(file)
-            raise WanmoeError(f"{self.folder}: {holder} still logs or sends from here; wait until it ends")
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        _open_here.add(self.folder)
-        return file
+            self._lock.close()
 
     def _shorten(self) -> list[Operation]:
         """Reads both lists, writes them again without what is sent, and returns what waits."""
@@ -191,11 +232,23 @@ class Spool:
             if op["n"] > self._sent:
                 waiting.append(op)
         # In this order: a crash in between leaves lines that are known to be sent.
-        facts: list[dict[str, Any]] = [{"n": self._sent, "current": self.current, "ended": self.ended}]
-        _rewrite(self._acknowledged, facts + [{"run": op} for op in self.runs.values()])
+        self._rewrite_acknowledged()
         _rewrite(self._spooled, waiting)
         self._sweep(waiting)
         return waiting
+
+    def _empty(self, sent: int) -> None:
+        """Makes lists that are long short, where nothing waits after operation `sent`."""
+        if max(self._end, self._acknowledged.stat().st_size) < LONG:
+            return
+        self._sent = sent
+        self._rewrite_acknowledged()
+        self._file.truncate(0)
+        self._head = self._end = 0
+
+    def _rewrite_acknowledged(self) -> None:
+        facts: list[dict[str, Any]] = [{"n": self._sent, "current": self.current, "ended": self.ended}]
+        _rewrite(self._acknowledged, facts + [{"run": op} for op in self.runs.values()])
 
     def _sweep(self, waiting: list[Operation]) -> None:
         """Removes kept files that no operation names: those of a crash between two writes."""
@@ -210,6 +263,10 @@ class Spool:
             self.current, self.ended = _stored(op), False
         if op["op"] == "status" and self.current is not None and op["run"] == self.current["run"]:
             self.ended = True
+
+
+def _closed(folder: Path, error: OSError) -> WanmoeError:
+    return WanmoeError(f"{folder}: could not be opened ({error.strerror})")
 
 
 def _stored(op: Operation) -> Operation:

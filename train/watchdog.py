@@ -2,7 +2,8 @@
 ends the job with its name instead of a hang.
 
 `ranks/<rank>.json` holds host, process, step and a counter. A process of the same machine is asked after by
-its number; one of another machine is gone when its counter has stood still, by the reader's own clock.
+its number; one of another machine is gone when its counter has stood still, by the reader's own clock. Rank 0
+holds `ranks/lock` for as long as the job lives.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch.distributed as dist
 
 from ..moe_lora import WanmoeError
 from .config import TrainConfig
-from .ranks import together
+from .spool import FolderLock
 
 # Exit code of a job that may be started again as it is: sysexits' EX_TEMPFAIL.
 TRY_AGAIN = 75
@@ -35,10 +37,19 @@ SILENT = 60.0
 """Seconds without one, after which a rank of another machine is gone: folders are shared with a delay."""
 GRACE = 2.0
 """Seconds that a rank has to end by itself once another is gone."""
+SIZE = 4096
+"""Bytes of a sign's file, which is written in place: that needs no room on a disk that is full by now."""
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class LostRankError(WanmoeError):
     """A rank died or is stuck; the same command goes on from the last save."""
+
+    exit_code = TRY_AGAIN
+
+
+class SilentJobError(WanmoeError):
+    """A job that left the folder without a word may still be there; in `SILENT` seconds it is known."""
 
     exit_code = TRY_AGAIN
 
@@ -50,8 +61,8 @@ class Sign:
     rank: int
     host: str
     pid: int
-    born: float
-    """Time of the process' start, which tells it from a later one of the same number."""
+    born: str | None
+    """Of the process, as `birth` tells it."""
     attempt: str
     """Of the start of the job; files of earlier ones count for nothing."""
     count: int = 0
@@ -68,11 +79,26 @@ class Sign:
 
     def alive(self) -> bool:
         """Of a process of this machine."""
+        return self.born is not None and birth(self.pid) == self.born
+
+
+def birth(pid: int) -> str | None:
+    """What tells a process of this machine from a later one of the same number; None where it is gone.
+
+    Boot and clock tick of its start where the system says so: a time of day moves when the clock is set.
+    """
+    if not BOOT.exists():
         try:
-            process = psutil.Process(self.pid)
-            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.born) < 2
+            process = psutil.Process(pid)
+            return None if process.status() == psutil.STATUS_ZOMBIE else str(process.create_time())
         except psutil.NoSuchProcess:
-            return False
+            return None
+    try:
+        # After the name, which may hold spaces: state, and 18 fields further on the tick (proc(5)).
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state in "ZX" else f"{BOOT.read_text().strip()}/{fields[18]}"
 
 
 class Watchdog:
@@ -84,6 +110,8 @@ class Watchdog:
         timeout: seconds without a `beat` after which this rank ends itself, its stacks written beside the
             signs.
         give_up: takes what to say when the job cannot go on and is to end now.
+
+    Raises WanmoeError where the folder cannot be written.
     """
 
     def __init__(
@@ -97,19 +125,26 @@ class Watchdog:
     ) -> None:
         self.folder, self.world, self.timeout = folder, world, timeout
         self.give_up = give_up or _end
-        me = psutil.Process()
-        self.own = Sign(rank, socket.gethostname(), me.pid, me.create_time(), attempt)
+        self.own = Sign(rank, socket.gethostname(), os.getpid(), birth(os.getpid()), attempt)
         self._main = threading.main_thread().ident
         self._beaten = time.monotonic()
         self._seen: dict[int, tuple[int, float]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._stacks = open(folder / f"{rank}-stacks.txt", "w")  # noqa: SIM115 - held for faulthandler
-        self._write()
+        self._path = folder / f"{rank}.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._stacks = open(folder / f"{rank}-stacks.txt", "w")  # noqa: SIM115 - held for faulthandler
+            # A new file, whole from the start; from then on it is written in place.
+            partial = self._path.with_suffix(".partial")
+            partial.write_bytes(self._text())
+            os.replace(partial, self._path)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
 
     def start(self) -> None:
-        """Begins to watch."""
+        """Begins to watch: what came before does not count."""
+        self._beaten = time.monotonic()
         self._arm()
         self._thread.start()
 
@@ -126,10 +161,13 @@ class Watchdog:
         if self._thread.is_alive():
             self._thread.join()
         self.own.ended = why
-        self._write()
-        self._stacks.close()
-        if not why:
-            (self.folder / f"{self.own.rank}-stacks.txt").unlink(missing_ok=True)
+        # A full disk hides neither this end nor its cause; the others notice that the process is gone.
+        with contextlib.suppress(OSError):
+            self._write()
+        with contextlib.suppress(OSError):
+            self._stacks.close()
+            if not why:
+                (self.folder / f"{self.own.rank}-stacks.txt").unlink(missing_ok=True)
 
     def lost(self) -> str | None:
         """Which other rank is gone, in words; None where all are there."""
@@ -137,7 +175,9 @@ class Watchdog:
             if sign.ended:
                 return f"{sign.name} has ended: {sign.ended}"
             if sign.ended is None and self._gone(sign):
-                return f"{sign.name} is gone; it was at step {sign.step}"
+                far = sign.host != self.own.host
+                silent = f", and has written nothing to {self.folder} for {SILENT:g} s" if far else ""
+                return f"{sign.name} is gone; it was at step {sign.step}{silent}"
         return None
 
     def wait_for_lost(self) -> str | None:
@@ -170,7 +210,7 @@ class Watchdog:
         while not self._stop.wait(INTERVAL):
             self.own.count += 1
             self.own.at = self._where()
-            with contextlib.suppress(OSError):  # a full disk is for those to tell who save
+            with contextlib.suppress(OSError):  # a disk that fails is for those to tell who save
                 self._write()
             told = self.lost()
             if told is None:
@@ -211,25 +251,45 @@ class Watchdog:
         faulthandler.dump_traceback_later(self.timeout + 30, exit=True, file=self._stacks)
 
     def _write(self) -> None:
+        # Opened each time: a shared folder shows others what was written once it is closed.
+        with self._path.open("r+b", buffering=0) as file:
+            file.write(self._text())
+
+    def _text(self) -> bytes:
         self.own.wall = time.time()
-        path = self.folder / f"{self.own.rank}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self.own)))
-        os.replace(partial, path)
+        sign = asdict(self.own)
+        text = json.dumps(sign)
+        if len(text) > SIZE:  # an error of many words; its beginning tells
+            sign |= {"at": "", "ended": sign["ended"] and sign["ended"][: SIZE // 8]}
+            text = json.dumps(sign)
+        return text.ljust(SIZE).encode()
 
 
 @contextlib.contextmanager
 def watch_over(config: TrainConfig, rank: int, world: int) -> Iterator[Watchdog]:
     """Takes the run folder for this start of a job and watches over its ranks, to whatever end it comes.
 
-    A collective. Raises WanmoeError where another job is at work there, LostRankError where the error of this
-    rank is that another has died.
+    A collective. Raises WanmoeError where another job is at work there, SilentJobError where that is not
+    known yet, LostRankError where the error of this rank is that another has died.
     """
     signs = config.run / "ranks"
-    together(lambda: check_unused(signs) if rank == 0 else None)
-    attempt = [uuid.uuid4().hex]
-    dist.broadcast_object_list(attempt)
-    watchdog = Watchdog(signs, rank, world, attempt[0], config.timeout)
+    with contextlib.ExitStack() as held:
+        start: list[Any] = [uuid.uuid4().hex, None]
+        if rank == 0:
+            try:
+                held.enter_context(take(signs))
+            except WanmoeError as error:
+                start[1] = error
+        dist.broadcast_object_list(start)
+        attempt, fault = start
+        if fault is not None:
+            raise fault
+        with _watched(Watchdog(signs, rank, world, attempt, config.timeout)) as watchdog:
+            yield watchdog
+
+
+@contextlib.contextmanager
+def _watched(watchdog: Watchdog) -> Iterator[Watchdog]:
     watchdog.start()
     why = "its main thread raised an error"
     try:
@@ -247,26 +307,55 @@ def watch_over(config: TrainConfig, rank: int, world: int) -> Iterator[Watchdog]
         watchdog.close(why)
 
 
-def read_sign(folder: Path, rank: int) -> Sign | None:
-    """The sign of a rank, if it has left one."""
+@contextlib.contextmanager
+def take(folder: Path) -> Iterator[None]:
+    """Holds the signs of a run folder for one job, which two that start at once do not both get.
+
+    Raises WanmoeError, and SilentJobError as `check_unused`.
+    """
+    use = "is at work there; wait for it, stop it, or choose another train.run"
     try:
-        return Sign(**json.loads((folder / f"{rank}.json").read_text()))
-    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder, use)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    with contextlib.closing(lock):
+        check_unused(folder)
+        yield
+
+
+def read_sign(folder: Path, rank: int) -> Sign | None:
+    """The sign of a rank; None where it has left none, or none can be read for now."""
+    try:
+        return Sign(**json.loads((folder / f"{rank}.json").read_bytes()))
+    except (OSError, ValueError, TypeError):
         return None
 
 
 def check_unused(folder: Path) -> None:
-    """Raises WanmoeError where another job is at work in this run folder."""
+    """Raises WanmoeError where another job is at work in this run folder, SilentJobError where one of another
+    machine was there less than `SILENT` seconds ago."""
     for path in folder.glob("*.json"):
         sign = read_sign(folder, int(path.stem)) if path.stem.isdigit() else None
         if sign is None or sign.ended is not None:
             continue
-        here = sign.host == socket.gethostname()
-        if sign.alive() if here else time.time() - sign.wall < SILENT:
-            raise WanmoeError(
-                f"{folder.parent}: {sign.name} is at work there; wait for it, stop it, or choose another "
-                "train.run"
+        if sign.host == socket.gethostname():
+            if sign.alive():
+                raise WanmoeError(
+                    f"{folder.parent}: {sign.name} is at work there; wait for it, stop it, or choose another "
+                    "train.run"
+                )
+        elif (left := SILENT - (time.time() - sign.wall)) > 0:
+            raise SilentJobError(
+                f"{folder.parent}: {sign.name} was at work there {SILENT - left:.0f} s ago; if it is gone, "
+                f"the same command starts in {left:.0f} s, else stop it or choose another train.run"
             )
+
+
+def _unwritable(folder: Path, error: OSError) -> WanmoeError:
+    return WanmoeError(
+        f"{folder}: could not be written ({error.strerror}); make room there or choose another train.run"
+    )
 
 
 def _silent(sign: Sign) -> int:

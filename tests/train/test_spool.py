@@ -1,13 +1,16 @@
 """What waits to be sent outlives crashes at any place, and is neither lost nor doubled."""
 
 import errno
+import fcntl
 import json
 import os
+import shutil
 import threading
 
 import pytest
 
 from wanmoe.moe_lora import WanmoeError
+from wanmoe.train import spool as spool_file
 from wanmoe.train.spool import Spool
 
 
@@ -94,7 +97,46 @@ def test_a_line_that_is_damaged_is_set_aside(tmp_path):
     assert waiting(again) == [2]
     reasons = [json.loads(line)["reason"] for line in again.refused.read_text().splitlines()]
     assert reasons == ["damaged on disk"] * 2
+    # It is not sent as it is; what is of use to somebody stays.
+    again.refuse({"op": "metrics", "run": "r", "step": 7}, "no room")
+    damaged = again.refused.read_text().splitlines()[:2]
+    with again.refused.open("a") as file:
+        file.write("no JSON\n")
+    for _ in range(2):
+        again.retry_refused()
+        assert waiting(again) == [2, 7]
+        assert again.refused.read_text().splitlines() == [*damaged, '{"damaged": "no JSON"}']
     again.close()
+
+
+def test_the_lists_of_a_long_run_do_not_grow_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(spool_file, "LONG", 2000)
+    spool = Spool(tmp_path)
+    spool.append({"op": "run", "run": "r", "name": "x"})
+    spool.begun(spool.peek(1)[0], "id")
+    spool.done(spool.peek(1))
+    sizes, seen = [], []
+    for step in range(300):
+        log(spool, step)
+        if step % 10 == 7:  # something waits for a while
+            continue
+        while spool.waiting:
+            ops = spool.peek(1)
+            seen += [op["step"] for op in ops]
+            spool.done(ops)
+        sizes.append(sum((tmp_path / name).stat().st_size for name in ("spool.jsonl", "sent.jsonl")))
+    assert seen == list(range(300)) and max(sizes) < 2 * 2000 and spool.peek(1) == []
+    assert [op["n"] for op in spool.peek(9)] == []
+    log(spool, 300)
+    # As after a kill: what is sent is known to be, and the run too.
+    for name in ("spool.jsonl", "sent.jsonl"):
+        (tmp_path / "copy" / "files").mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / name, tmp_path / "copy")
+    again = Spool(tmp_path / "copy")
+    assert waiting(again) == [300] and again.peek(1)[0]["n"] == 302
+    assert again.runs["r"]["id"] == "id" and again.current["name"] == "x" and not again.ended
+    again.close()
+    spool.close()
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
@@ -174,16 +216,64 @@ def test_the_latest_run_and_whether_it_ended_is_known_over_openings(tmp_path):
     spool.close()
 
 
+def is_locked(folder) -> bool:
+    """Whether another process finds it so."""
+    child = os.fork()
+    if child == 0:
+        file = os.open(folder / "lock", os.O_RDWR)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os._exit(7)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
 def test_a_folder_is_open_once(tmp_path):
     spool = Spool(tmp_path)
-    with pytest.raises(WanmoeError, match="this process still logs or sends from here"):
-        Spool(tmp_path)
+    assert is_locked(tmp_path)
+    for _ in range(2):
+        with pytest.raises(WanmoeError, match="this process still logs or sends from here"):
+            Spool(tmp_path)
+        # Nor does the second opening free what the first has.
+        assert is_locked(tmp_path)
     child = os.fork()
     if child == 0:  # a forked worker neither holds the folder nor, at its end, gives it free
         os._exit(0)
     os.waitpid(child, 0)
+    assert is_locked(tmp_path)
     spool.close()
+    assert not is_locked(tmp_path)
     Spool(tmp_path).close()
+
+
+def test_another_process_that_has_the_folder_is_named(tmp_path):
+    (asked, told), (go, end) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        spool = Spool(tmp_path)
+        os.write(told, b"x")
+        os.close(end)
+        os.read(go, 1)
+        spool.close()
+        os._exit(0)
+    os.read(asked, 1)
+    with pytest.raises(WanmoeError, match=f"process {child} on .* still logs or sends from here"):
+        Spool(tmp_path)
+    os.close(end)
+    os.waitpid(child, 0)
+    Spool(tmp_path).close()
+    for pipe in (asked, told, go):
+        os.close(pipe)
+
+
+def test_a_text_may_be_kept_without_some_of_it(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    (tmp_path / "a.toml").write_text("key = secret")
+    kept = spool.keep(tmp_path / "a.toml", False, lambda text: text.replace("secret", ""))
+    assert (spool.folder / kept).read_text() == "key = "
+    assert (tmp_path / "a.toml").read_text() == "key = secret"
+    spool.close()
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
