@@ -187,6 +187,27 @@ def recipes(
     typer.echo(f"{table(result)}\nwrote {path}")
 
 
+@app.command()
+def engine(
+    parts: Annotated[str, typer.Option(help="bytes, speed, prefix, with commas.")] = "bytes,speed,prefix",
+    ranks: Annotated[int, typer.Option(min=2, help="Processes that train the small model on the CPU.")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases, at the smallest sizes.")] = False,
+    out: Out = None,
+    device: Device = None,
+) -> None:
+    """What each ZeRO stage holds, gathers and takes, on real ranks and modelled for A14B; and the frozen
+    prefix against the graph through all blocks."""
+    from ..kernels.bench.benchmark import default_folder
+    from .bench_engine import bench_engine, write_result
+    from .bench_engine_tables import tables
+
+    place = chosen_device(device)
+    names = [word.strip() for word in parts.split(",")]
+    result = bench_engine(names, ranks, place, quick=quick, argv=["wanmoe", *sys.argv[1:]], say=typer.echo)
+    path = write_result(result, out or default_folder(place))
+    typer.echo("\n\n".join([*tables(result), f"wrote {path}"]))
+
+
 def parse_grids(text: str, option: str = "--tokens") -> list[tuple[int, int, int]]:
     """ "21x16x16,21x30x52" -> grids of F, H, W; raises WanmoeError for anything else."""
     grids = []

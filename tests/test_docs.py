@@ -135,6 +135,12 @@ def test_the_commands_of_the_page_on_data(tmp_path):
     assert "webdataset" in run(bench, tmp_path)
 
 
+def test_the_command_of_the_page_on_the_engine(tmp_path):
+    (command,) = blocks("bash", (ROOT / "docs" / "engine.md").read_text(encoding="utf-8"))
+    assert "full graph, checkpointed" in run(command, tmp_path)
+    assert len(list(tmp_path.glob("bench-results/engine/engine-*.json"))) == 1
+
+
 def test_the_toml_of_the_guide_is_a_valid_set_of_experts(tmp_path):
     from wanmoe.launch.config import load_experts
 

@@ -102,10 +102,10 @@ def make_plan(
     )
 
 
-def node_size(world: int) -> int | None:
+def node_size(world: int, local: int | None = None) -> int | None:
     """Ranks of each node, where there are several nodes of several ranks, all alike as far as this one can
     tell; else None."""
-    local = local_world()
+    local = local or local_world()
     return local if 1 < local < world and world % local == 0 else None
 
 
@@ -117,8 +117,12 @@ def deepspeed_config(
     stage: Stage,
     bf16: bool,
     world: int,
+    local: int | None = None,
 ) -> dict[str, Any]:
     """DeepSpeed's own config, derived from the model; `deepspeed.config` is merged over it.
+
+    Args:
+        local: ranks on each machine; default: as the launcher says.
 
     Raises:
         WanmoeError: `deepspeed.config` names another stage than `deepspeed.zero`.
@@ -128,7 +132,7 @@ def deepspeed_config(
     if stage:
         zero["reduce_bucket_size"] = min(MAX_BUCKET, max(total, 1))
     if stage == 3:
-        zero |= _sharding(dit, world)
+        zero |= _sharding(dit, node_size(world, local))
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.data.batch,
         "gradient_accumulation_steps": config.train.accumulation,
@@ -150,11 +154,10 @@ def deepspeed_config(
     return merged
 
 
-def _sharding(dit: WanDiT, world: int) -> dict[str, Any]:
+def _sharding(dit: WanDiT, node: int | None) -> dict[str, Any]:
     block = sum(p.numel() for p in dit.blocks[0].parameters())
     # Between nodes a base that is sharded over all ranks would be gathered at each block; a second set of
     # shards within the node serves all but the first time, since what is frozen never changes.
-    node = node_size(world)
     hpz = {"zero_hpz_partition_size": node} if node else {}
     return {
         # One block ahead; every adapter tensor stays resident, the base is sharded.

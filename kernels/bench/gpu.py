@@ -1,8 +1,8 @@
 """`make gpu`: everything that needs a card, in one go, on a machine that has torch, triton and nvcc.
 
-Builds the CUDA library, runs the GPU tests, tunes the op's table, then measures the linear and the block with
-that table, all within one budget of time. Each step has a log; one that fails, or that has to be stopped, is
-recorded, and the next one runs.
+Builds the CUDA library, runs the GPU tests, tunes the op's table, then measures the linear, the block and
+training steps with that table, all within one budget of time. Each step has a log; one that fails, or that
+has to be stopped, is recorded, and the next one runs.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ GRACE_S = 15.0
 LAUNCH_NEEDS = ("ftfy", "pydantic", "safetensors", "tqdm", "typer")
 """What the command line imports besides torch and numpy."""
 BLOCK_NEEDS = (*LAUNCH_NEEDS, "accelerate", "diffusers", "huggingface_hub", "peft", "transformers")
+ENGINE_NEEDS = (*LAUNCH_NEEDS, "av", "cv2", "deepspeed", "psutil", "tomli_w")
 
 
 class Step(NamedTuple):
@@ -68,12 +69,14 @@ def steps(out: Path) -> list[Step]:
     # The whole command brings the rows of PEFT; without its packages the kernels are measured all the same.
     bench = ("-m", "wanmoe.kernels.bench") if _missing(LAUNCH_NEEDS) else ("-m", "wanmoe.launch", "bench")
     block = ("-m", "wanmoe.launch", "bench", "block", "--out", str(out))
+    engine = ("-m", "wanmoe.launch", "bench", "engine", "--parts", "speed,prefix", "--quick", "--out")
     return [
         Step("build", (python, "-m", "wanmoe.kernels.cuda_library"), 60),
-        Step("tests", (python, *tests, f"--junitxml={out / 'tests.xml'}"), 120, ("pytest",)),
-        Step("tune", (python, "-m", "wanmoe.kernels.bench.tune", *tuned), 80),
-        Step("linear", (python, *bench, "--suite", "quick", "--out", str(out)), 140),
-        Step("block", (python, *block), 60, BLOCK_NEEDS),
+        Step("tests", (python, *tests, f"--junitxml={out / 'tests.xml'}"), 100, ("pytest",)),
+        Step("tune", (python, "-m", "wanmoe.kernels.bench.tune", *tuned), 70),
+        Step("linear", (python, *bench, "--suite", "quick", "--out", str(out)), 120),
+        Step("block", (python, *block), 50, BLOCK_NEEDS),
+        Step("engine", (python, *engine, str(out)), 70, ENGINE_NEEDS),
     ]
 
 
