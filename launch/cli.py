@@ -19,6 +19,7 @@ from .convert import convert, inspect
 from .data import app as data_app
 from .generate import generate
 from .judges import train_classifier, train_detector
+from .launch_command import app as launch_app
 from .options import Size
 from .prepare import PrepareCommand, prepare
 
@@ -40,6 +41,7 @@ app.command()(train_detector)
 app.command()(generate)
 app.command()(convert)
 app.command()(inspect)
+app.add_typer(launch_app, name="launch")
 
 
 @app.command()
@@ -79,21 +81,12 @@ def synth(
 def train(
     context: typer.Context,
     config: Annotated[Path, typer.Option(help="TOML config; any key is set by --section.key value.")],
+    machine: Annotated[str | None, typer.Option(help="Preset of a machine, e.g. a100-80g.")] = None,
 ) -> None:
     """Train one stage under DeepSpeed; the same command on a CPU, on N GPUs and on several nodes."""
-    from .config import load_config
-    from .launcher import launch, under_launcher
+    from .train import start
 
-    loaded = load_config(config, context.args)
-    if under_launcher():
-        from ..train.loop import train as run
-
-        run(loaded)
-        return
-    from .preflight import preflight
-
-    preflight(loaded)
-    raise typer.Exit(launch(loaded.launch, ["train", "--config", str(config), *context.args]))
+    start(config, context.args, machine)
 
 
 @app.command()

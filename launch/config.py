@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..moe_lora import AdapterConfig, Expert, ExpertSet, WanmoeError
 from ..train.config import Section, TrainerConfig
@@ -29,20 +29,33 @@ PATH_KEYS = (
 
 
 class LaunchConfig(Section):
-    """Section `launch`: how many processes, and where."""
+    """Section `launch`: how many processes, and where; `wanmoe launch` has options for these keys."""
 
     ranks: int | None = Field(None, ge=1)
-    """Processes on this machine; default: one per GPU, or 1 without any."""
+    """Processes on this machine (with slurm on each); default: one per GPU, or 1 without any."""
     hostfile: Path | None = None
-    """DeepSpeed hostfile (`host slots=N` lines) for several machines."""
+    """DeepSpeed hostfile (`host slots=N` lines) for several machines, which pdsh reaches by ssh."""
     no_ssh: bool = False
     """Start only this node's processes; run the command on every node with its own node_rank."""
     node_rank: int = Field(0, ge=0)
-    master_addr: str = "127.0.0.1"
+    master_addr: str | None = None
+    """Where the ranks meet; default: the first host, or this machine."""
     master_port: int | None = Field(None, ge=1, le=65535)
     """Default: a free port on one machine, 29500 with a hostfile."""
     include: str | None = None
     """DeepSpeed's --include, e.g. "host1:0,1@host2"."""
+    slurm: bool = False
+    """Start the processes by srun, within an allocation."""
+    restarts: int = Field(0, ge=0)
+    """How often a job that lost a rank is started again, from its last save."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> LaunchConfig:
+        if self.slurm and self.hostfile is not None:
+            raise ValueError("give launch.hostfile or launch.slurm, not both: Slurm knows its hosts")
+        if self.no_ssh and self.hostfile is None:
+            raise ValueError("launch.no_ssh needs launch.hostfile, the same on every node")
+        return self
 
 
 class Config(TrainerConfig):
@@ -51,18 +64,44 @@ class Config(TrainerConfig):
     launch: LaunchConfig = LaunchConfig()
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a TOML config and lays `--section.key value` overrides over it.
+def load_config(path: Path, overrides: Sequence[str] = (), machine: str | None = None) -> Config:
+    """Reads a TOML config over the preset of a `machine`, and lays `--section.key value` overrides over both.
 
     Raises:
         WanmoeError: not readable, an unknown key (with the nearest valid one), or a value that does not fit.
     """
     tree = _read_toml(path)
     resolve_paths(tree, path.parent)
+    if machine is not None:
+        tree = _over(_read_toml(machine_preset(machine)), tree)
     apply_overrides(tree, overrides)
     # Those of the command line are as the shell means them; a run's config.toml must not move them.
     resolve_paths(tree, Path.cwd())
     return parse_config(tree, str(path))
+
+
+def machine_preset(name: str) -> Path:
+    """The file of a preset by its name, or a file of one's own.
+
+    Raises:
+        WanmoeError: there is none; the presets are named.
+    """
+    known = {
+        path.stem: path for path in sorted((Path(__file__).parent / "presets" / "machines").glob("*.toml"))
+    }
+    if name in known:
+        return known[name]
+    if Path(name).is_file():
+        return Path(name)
+    raise WanmoeError(f"--machine {name}: no such preset or file; there are {', '.join(known)}")
+
+
+def _over(under: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """`tree` with what it does not say from `under`, both of sections."""
+    merged = {key: dict(value) for key, value in under.items()}
+    for key, value in tree.items():
+        merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
+    return merged
 
 
 def load_experts(path: Path | None) -> ExpertSet:

@@ -197,10 +197,23 @@ def ranks(tmp_path_factory) -> Ranks:
     return Ranks(tmp_path_factory.mktemp("ranks"))
 
 
+def two_nodes(folder: Path, slots: int) -> list[dict]:
+    """Sections `launch` of two nodes on this machine, each with a launcher of its own."""
+    hostfile = folder / "hosts"
+    hostfile.write_text(f"node-a slots={slots}\nnode-b slots={slots}\n")
+    common = {
+        "hostfile": str(hostfile),
+        "no_ssh": True,
+        "master_addr": "127.0.0.1",  # the names of the file are made up
+        "master_port": free_port(),
+    }
+    return [common | {"node_rank": rank} for rank in (0, 1)]
+
+
 @pytest.fixture(scope="session")
 def launcher() -> SimpleNamespace:
-    """`start` and `run` of a training config under the deepspeed launcher, and a `free_port`."""
-    return SimpleNamespace(start=start, run=run, free_port=free_port)
+    """`start` and `run` of a training config under the deepspeed launcher, `two_nodes` and a `free_port`."""
+    return SimpleNamespace(start=start, run=run, two_nodes=two_nodes, free_port=free_port)
 
 
 class MlflowServer:

@@ -141,20 +141,12 @@ def test_one_rank_and_two_forwards_train_like_two_ranks(ranks, stages, tmp_path,
 
 def test_two_nodes_on_one_machine_train_like_two_local_ranks(launcher, stages, tmp_path):
     root, outputs = stages
-    hostfile = tmp_path / "hosts"
-    hostfile.write_text("node-a slots=1\nnode-b slots=1\n")
     tree = json.loads(json.dumps(outputs["a"][0]))
     tree["train"]["run"] = str(tmp_path / "run")
     tree["tracking"] = {"enabled": False}
-    common = {
-        "hostfile": str(hostfile),
-        "no_ssh": True,
-        "master_addr": "127.0.0.1",
-        "master_port": launcher.free_port(),
-    }
     nodes = [
-        launcher.start(tree | {"launch": common | {"node_rank": rank}}, tmp_path / f"node{rank}.toml")
-        for rank in (0, 1)
+        launcher.start(tree | {"launch": section}, tmp_path / f"node{rank}.toml")
+        for rank, section in enumerate(launcher.two_nodes(tmp_path, 1))
     ]
     outputs = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
@@ -304,14 +296,11 @@ def test_nodes_that_do_not_share_the_run_folder_are_told_so(launcher, stages, tm
     root, outputs = stages
     shutil.copytree(root / "a", tmp_path / "shared0")
     shutil.rmtree(tmp_path / "shared0" / "resume" / "step_00000006")
-    hostfile = tmp_path / "hosts"
-    hostfile.write_text("node-a slots=1\nnode-b slots=1\n")
-    common = {"hostfile": str(hostfile), "no_ssh": True, "master_port": launcher.free_port()}
     nodes = []
-    for rank in (0, 1):
+    for rank, section in enumerate(launcher.two_nodes(tmp_path, 1)):
         folder = tmp_path / f"disk{rank}"
         folder.mkdir()
-        tree = json.loads(json.dumps(outputs["a"][0])) | {"launch": common | {"node_rank": rank}}
+        tree = json.loads(json.dumps(outputs["a"][0])) | {"launch": section}
         # The same path on both, seen through each node's own working folder.
         tree["train"]["run"] = "run"
         if rank == 0:

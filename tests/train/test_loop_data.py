@@ -81,11 +81,8 @@ def test_nodes_whose_shards_differ_are_told_so_and_none_hangs(
     launcher, config, tmp_path, shards, make_shards, fault
 ):
     """The same path on both nodes; one of them holds other samples, or lacks a shard."""
-    hostfile = tmp_path / "hosts"
-    hostfile.write_text("node-a slots=1\nnode-b slots=1\n")
-    common = {"hostfile": str(hostfile), "no_ssh": True, "master_port": launcher.free_port()}
     nodes = []
-    for rank in (0, 1):
+    for rank, section in enumerate(launcher.two_nodes(tmp_path, 1)):
         folder = tmp_path / f"disk{rank}"
         folder.mkdir()
         if rank == 1 and fault == "other":
@@ -94,7 +91,7 @@ def test_nodes_whose_shards_differ_are_told_so_and_none_hangs(
             shutil.copytree(shards, folder / "s")
         if rank == 1 and fault == "missing":
             (folder / "s" / "train-2x4x4-000000.tar").unlink()
-        tree = config | {"launch": common | {"node_rank": rank}}
+        tree = config | {"launch": section}
         tree["data"] = config["data"] | {"shards": "s"}
         tree["train"] = config["train"] | {"run": str(tmp_path / "run")}
         nodes.append(launcher.start(tree, folder / "config.toml"))

@@ -121,13 +121,10 @@ def test_a_run_may_go_on_until_there_is_room_again(ranks, config, tmp_path):
 
 def test_two_nodes_keep_frozen_shards_of_their_own(launcher, ranks, config, tmp_path):
     """Two fake nodes of two ranks: the base is sharded over all four, and once more within each node."""
-    hostfile = tmp_path / "hosts"
-    hostfile.write_text("node-a slots=2\nnode-b slots=2\n")
-    common = {"hostfile": str(hostfile), "no_ssh": True, "master_port": launcher.free_port()}
     config["train"] |= {"global_batch": 4}
     nodes = [
-        launcher.start(config | {"launch": common | {"node_rank": rank}}, tmp_path / f"node{rank}.toml")
-        for rank in (0, 1)
+        launcher.start(config | {"launch": section}, tmp_path / f"node{rank}.toml")
+        for rank, section in enumerate(launcher.two_nodes(tmp_path, 2))
     ]
     texts = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], texts[0][-3000:]

@@ -1,0 +1,53 @@
+"""Hostfiles: the machines of a job, and the ranks on each."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..moe_lora import WanmoeError
+from .config import LaunchConfig
+
+_LINE = re.compile(r"^(?P<host>\S+)\s+slots=(?P<slots>\d+)$")
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Ranks by host, in the order of the file; the first host is where the ranks meet.
+
+    Raises:
+        WanmoeError: it cannot be read, a line is not `host slots=N`, a host stands there twice, or none does.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise WanmoeError(f"{path}: cannot read the hostfile; it holds lines like `host1 slots=8`") from error
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        text = line.split("#")[0].strip()
+        if not text:
+            continue
+        match = _LINE.match(text)
+        if match is None or int(match["slots"]) < 1:
+            raise WanmoeError(f"{path}, line {number}: {text!r} is not a line like `host1 slots=8`")
+        if match["host"] in hosts:
+            raise WanmoeError(f"{path}, line {number}: {match['host']} stands there twice")
+        hosts[match["host"]] = int(match["slots"])
+    if not hosts:
+        raise WanmoeError(f"{path}: names no host; it holds lines like `host1 slots=8`")
+    return hosts
+
+
+def hosts_of(config: LaunchConfig) -> dict[str, int]:
+    """Ranks by host as `launch.hostfile` and `launch.include` say; empty for this machine alone."""
+    if config.hostfile is None:
+        return {}
+    hosts = read_hostfile(config.hostfile)
+    if not config.include:
+        return hosts
+    from deepspeed.launcher.runner import parse_inclusion_exclusion
+
+    try:
+        chosen = parse_inclusion_exclusion(hosts, config.include, "")
+    except ValueError as error:
+        raise WanmoeError(f"launch.include = {config.include!r}: {error}") from error
+    return {host: len(slots) for host, slots in chosen.items()}

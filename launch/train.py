@@ -1,0 +1,37 @@
+"""What `wanmoe train` does: one command for whoever types it and for the ranks that it starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from . import slurm
+from .config import load_config
+from .launcher import launch, under_launcher
+
+
+def start(path: Path, overrides: Sequence[str], machine: str | None) -> None:
+    """Trains as a rank where a launcher started this process, else checks the config and starts the ranks.
+
+    Raises:
+        WanmoeError: what can be found wrong before anything starts.
+    """
+    config = load_config(path, overrides, machine)
+    slurm.take_place()
+    if under_launcher():
+        # Our readers open files by themselves; nothing else of webdataset in a rank shall run a shell for a
+        # URL or unpickle. For ranks alone: a program that imports this package may use it as it likes.
+        os.environ.setdefault("WDS_SECURE", "1")
+        from ..train.loop import train
+
+        train(config)
+        return
+    from .preflight import preflight
+
+    preflight(config)
+    preset = [] if machine is None else ["--machine", machine]
+    words = ["train", "--config", str(path), *preset, *overrides]
+    raise typer.Exit(launch(config.launch, words))
