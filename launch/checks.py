@@ -10,6 +10,8 @@ Facts = Mapping[str, Any]
 
 SKEW = 2.0
 """Seconds between clocks from which on signs of life and files are misread."""
+NEEDED = ("wanmoe", "torch", "deepspeed")
+"""Packages without which nothing starts."""
 ROOM = 2e9
 """Bytes that a run folder should have left: some resume states and videos."""
 
@@ -45,11 +47,13 @@ def _software(hosts: Mapping[str, int], told: Mapping[str, Facts]) -> Iterator[F
     for host, facts in told.items():
         if facts["broken"]:
             yield Finding(f"{host}: {facts['broken']}; reinstall it there")
-        for name in ("wanmoe", "torch", "deepspeed"):
+        for name in NEEDED:
             if name not in facts["versions"]:
                 yield Finding(f"{host}: {name} is not installed in the Python that ssh finds there")
     for name in sorted({name for facts in told.values() for name in facts["versions"]}):
         found = {host: facts["versions"].get(name) for host, facts in told.items()}
+        if name in NEEDED:  # told above where it is missing
+            found = {host: version for host, version in found.items() if version}
         yield from _alike(found, f"the version of {name}")
     for what in ("cuda", "nccl"):
         yield from _alike(
@@ -122,7 +126,7 @@ def _paths(hosts: Mapping[str, int], told: Mapping[str, Facts]) -> Iterator[Find
 
 def _folders(hosts: Mapping[str, int], told: Mapping[str, Facts]) -> Iterator[Finding]:
     for path in next(iter(told.values()), {"folders": {}})["folders"]:
-        alone = []
+        there: dict[str, Any] = {}
         for host, facts in told.items():
             folder = facts["folders"][path]
             if folder["fault"]:
@@ -130,10 +134,12 @@ def _folders(hosts: Mapping[str, int], told: Mapping[str, Facts]) -> Iterator[Fi
                 continue
             if folder["free"] < ROOM:
                 yield Finding(f"{host}: {folder['free'] / 1e9:.2f} GB are free at {path}", fatal=False)
-            # Those who came before have left their tokens: the last sees all of them where it is one folder.
-            alone.append((len(folder["seen"]), host))
-        if alone and max(alone)[0] < len(alone):
-            names = ", ".join(host for _, host in alone)
+            there[host] = folder
+        # The last was asked when all others had left their tokens.
+        last = list(there.values())[-1] if there else {"seen": []}
+        apart = [host for host, folder in there.items() if folder["own"] not in last["seen"]]
+        if apart:
+            names = ", ".join(there)
             yield Finding(f"{path} is not one folder on all hosts ({names}); share it, as NFS or Lustre do")
 
 

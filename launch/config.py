@@ -118,6 +118,14 @@ def load_adapter_config(path: Path) -> AdapterConfig:
         raise WanmoeError(f"{path}: adapter.{_first_problem(error)}") from error
 
 
+def parse_launch(tree: dict[str, Any], source: str) -> LaunchConfig:
+    """Validates section `launch` alone; `source` names it in errors."""
+    try:
+        return LaunchConfig.model_validate(tree)
+    except ValidationError as error:
+        raise WanmoeError(f"{source}: {_first_problem(error)}") from error
+
+
 def parse_config(tree: dict[str, Any], source: str) -> Config:
     """Validates a nested dict; `source` names it in errors."""
     try:

@@ -25,7 +25,7 @@ from ..train.data.store import is_url
 from . import probe, slurm
 from .checks import Finding
 from .checks import examine as find
-from .config import Config, LaunchConfig, load_config
+from .config import Config, LaunchConfig
 from .hosts import hosts_of
 from .launcher import local_ranks, master_port, start
 
@@ -33,11 +33,15 @@ from .launcher import local_ranks, master_port, start
 ANSWER, MEET = 120, 300
 
 
-def examine(launch: LaunchConfig, path: Path | None, fake: str | None) -> int:
-    """Prints what is wrong, and returns 1 where something is, else 0."""
-    config = None if path is None else load_config(path)
-    if config is not None:
-        launch = config.launch.model_copy(update=launch.model_dump(exclude_unset=True))
+def examine(launch: LaunchConfig, config: Config | None, fake: str | None) -> int:
+    """Prints what is wrong, and returns 1 where something is, else 0.
+
+    Args:
+        config: the places that it names are looked at, too.
+        fake: "2x2": the dry run is of so many nodes of so many ranks, all on this machine, each by a
+            launcher of its own.
+    """
+    shape = None if fake is None else _shape(fake)
     if launch.slurm:
         hosts = slurm.hosts_of(launch)
     else:
@@ -52,7 +56,7 @@ def examine(launch: LaunchConfig, path: Path | None, fake: str | None) -> int:
     if any(finding.fatal for finding in findings):
         typer.echo("no dry run before these are mended")
         return 1
-    fault = dry_run(launch, fake)
+    fault = dry_run(launch, shape)
     typer.echo(f"error: {fault}" if fault else "all ranks found each other; nothing is wrong")
     return int(bool(fault))
 
@@ -180,23 +184,28 @@ def _describe(facts: Mapping[str, Any]) -> str:
     return f"{what}; {versions}; clock {facts['offset']:+.1f} s"
 
 
-def dry_run(launch: LaunchConfig, fake: str | None) -> str | None:
-    """Starts all ranks as a job would, and lets them add up numbers; what went wrong, or None.
-
-    Args:
-        fake: "2x2": so many nodes of so many ranks, all on this machine, each by a launcher of its own.
-    """
-    if fake is None:
-        return _wait([launch])
+def _shape(fake: str) -> tuple[int, int]:
     nodes, _, each = fake.partition("x")
     if not (nodes.isdigit() and each.isdigit() and int(nodes) and int(each)):
         raise WanmoeError(f"--fake {fake}: not nodes x ranks, such as 2x2")
+    return int(nodes), int(each)
+
+
+def dry_run(launch: LaunchConfig, fake: tuple[int, int] | None) -> str | None:
+    """Starts all ranks as a job would, and lets them add up numbers; what went wrong, or None.
+
+    Args:
+        fake: (nodes, ranks of each) of a dry run on this machine alone.
+    """
+    if fake is None:
+        return _wait([launch])
+    nodes, each = fake
     with TemporaryDirectory() as folder:
         hostfile = Path(folder) / "hosts"
-        hostfile.write_text("".join(f"node{n} slots={each}\n" for n in range(int(nodes))))
+        hostfile.write_text("".join(f"node{n} slots={each}\n" for n in range(nodes)))
         port = launch.master_port or master_port(LaunchConfig())
         common = {"hostfile": hostfile, "no_ssh": True, "master_addr": "127.0.0.1", "master_port": port}
-        return _wait([LaunchConfig(**common, node_rank=n) for n in range(int(nodes))])
+        return _wait([LaunchConfig(**common, node_rank=n) for n in range(nodes)])
 
 
 def _wait(starts: Sequence[LaunchConfig]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .config import LaunchConfig
+from .config import load_config, parse_launch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -82,4 +82,6 @@ def doctor(
     """Look at every host, and let all ranks add up numbers together; exit code 1 where something is wrong."""
     from .doctor import examine
 
-    raise typer.Exit(examine(LaunchConfig(**context.obj), config, fake))
+    settings = None if config is None else load_config(config, overrides(context))
+    launch = parse_launch(context.obj, "wanmoe launch") if settings is None else settings.launch
+    raise typer.Exit(examine(launch, settings, fake))

@@ -97,7 +97,7 @@ def _folder(path: Path, token: str) -> dict[str, Any]:
         free = shutil.disk_usage(path).free
     except OSError as error:
         return {"fault": f"{path}: {error.strerror}", "own": "", "seen": [], "free": 0}
-    return {"fault": None, "own": str(mine), "seen": seen, "free": free}
+    return {"fault": None, "own": mine.name, "seen": seen, "free": free}
 
 
 if __name__ == "__main__":
