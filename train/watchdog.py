@@ -48,12 +48,6 @@ class LostRankError(WanmoeError):
     exit_code = TRY_AGAIN
 
 
-class SilentJobError(WanmoeError):
-    """A job that left the folder without a word may still be there; in `SILENT` seconds it is known."""
-
-    exit_code = TRY_AGAIN
-
-
 @dataclass
 class Sign:
     """What one rank says of itself."""
@@ -269,8 +263,8 @@ class Watchdog:
 def watch_over(config: TrainConfig, rank: int, world: int) -> Iterator[Watchdog]:
     """Takes the run folder for this start of a job and watches over its ranks, to whatever end it comes.
 
-    A collective. Raises WanmoeError where another job is at work there, SilentJobError where that is not
-    known yet, LostRankError where the error of this rank is that another has died.
+    A collective. Raises WanmoeError where another job is at work there, LostRankError where the error of this
+    rank is that another has died.
     """
     signs = config.run / "ranks"
     with contextlib.ExitStack() as held:
@@ -311,7 +305,7 @@ def _watched(watchdog: Watchdog) -> Iterator[Watchdog]:
 def take(folder: Path) -> Iterator[None]:
     """Holds the signs of a run folder for one job, which two that start at once do not both get.
 
-    Raises WanmoeError, and SilentJobError as `check_unused`.
+    Raises WanmoeError.
     """
     use = "is at work there; wait for it, stop it, or choose another train.run"
     try:
@@ -333,23 +327,35 @@ def read_sign(folder: Path, rank: int) -> Sign | None:
 
 
 def check_unused(folder: Path) -> None:
-    """Raises WanmoeError where another job is at work in this run folder, SilentJobError where one of another
-    machine was there less than `SILENT` seconds ago."""
-    for path in folder.glob("*.json"):
-        sign = read_sign(folder, int(path.stem)) if path.stem.isdigit() else None
-        if sign is None or sign.ended is not None:
-            continue
-        if sign.host == socket.gethostname():
-            if sign.alive():
-                raise WanmoeError(
-                    f"{folder.parent}: {sign.name} is at work there; wait for it, stop it, or choose another "
-                    "train.run"
-                )
-        elif (left := SILENT - (time.time() - sign.wall)) > 0:
-            raise SilentJobError(
-                f"{folder.parent}: {sign.name} was at work there {SILENT - left:.0f} s ago; if it is gone, "
-                f"the same command starts in {left:.0f} s, else stop it or choose another train.run"
-            )
+    """Raises WanmoeError where another job is at work in this run folder.
+
+    Waits for up to `SILENT` seconds where a rank of another machine has left without a word: by then it would
+    have given a sign of life.
+    """
+    signs = [read_sign(folder, int(path.stem)) for path in folder.glob("*.json") if path.stem.isdigit()]
+    open_ends = [sign for sign in signs if sign is not None and sign.ended is None]
+    far = []
+    for sign in open_ends:
+        if sign.host != socket.gethostname():
+            far.append(sign)
+        elif sign.alive():
+            raise _at_work(folder, sign)
+    left = max((SILENT - abs(time.time() - sign.wall) for sign in far), default=0.0)
+    if left > 0:
+        sys.stderr.write(f"{far[0].name} has left {folder} without a word; watching it for {left:.0f} s\n")
+    until = time.monotonic() + left
+    while time.monotonic() < until:
+        time.sleep(INTERVAL)
+        for sign in far:
+            now = read_sign(folder, sign.rank)
+            if now is not None and (now.attempt, now.count) != (sign.attempt, sign.count):
+                raise _at_work(folder, now)
+
+
+def _at_work(folder: Path, sign: Sign) -> WanmoeError:
+    return WanmoeError(
+        f"{folder.parent}: {sign.name} is at work there; wait for it, stop it, or choose another train.run"
+    )
 
 
 def _unwritable(folder: Path, error: OSError) -> WanmoeError:

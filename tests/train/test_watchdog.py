@@ -182,18 +182,33 @@ def watch_alone(run):
     return watchdog.watch_over(TrainConfig(stage="a", run=run, timeout=60), 0, 1)
 
 
-def test_a_job_of_another_machine_that_fell_silent_may_be_tried_again(tmp_path, lone_group, monkeypatch):
+def test_a_job_of_another_machine_that_fell_silent_is_waited_for(tmp_path, lone_group, monkeypatch, capsys):
     Watchdog(tmp_path / "ranks", 0, 1, "job", 60.0).close()
-    now = time.time()
+    now, slept = time.time(), []
     change(tmp_path / "ranks", 0, host="node-b", ended=None, wall=now - 20)
-    monkeypatch.setattr(watchdog.time, "time", lambda: now)
-    told = "on node-b.* 20 s ago; if it is gone, the same command starts in 40 s"
-    with pytest.raises(WanmoeError, match=told) as caught, watch_alone(tmp_path):
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: sum(slept))
+    monkeypatch.setattr(watchdog.time, "sleep", slept.append)
+    with watchdog.take(tmp_path / "ranks"):
         pass
-    assert caught.value.exit_code == TRY_AGAIN
-    now += 41
-    with watch_alone(tmp_path) as dog:
-        assert dog.own.ended is None
+    assert 39 < sum(slept) < 40 + 2 * watchdog.INTERVAL
+    assert "on node-b) has left" in capsys.readouterr().err
+
+    # It was only slow: its next sign comes.
+    def beats(seconds):
+        slept.append(seconds)
+        change(tmp_path / "ranks", 0, count=len(slept))
+
+    slept.clear()
+    monkeypatch.setattr(watchdog.time, "sleep", beats)
+    with pytest.raises(WanmoeError, match="on node-b. is at work there"), watchdog.take(tmp_path / "ranks"):
+        pass
+    assert len(slept) == 1
+    # Long gone, nobody waits.
+    change(tmp_path / "ranks", 0, wall=now - 61)
+    slept.clear()
+    with watchdog.take(tmp_path / "ranks"):
+        pass
+    assert slept == []
 
 
 def test_of_two_jobs_that_start_at_once_one_gets_the_folder(tmp_path, lone_group):
