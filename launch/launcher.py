@@ -67,6 +67,8 @@ def _run(config: LaunchConfig, arguments: Sequence[str]) -> tuple[int, bool]:
             rank.send_signal(signal.SIGTERM)
         if over_pdsh(config):
             _stop_remote(config, arguments)
+        elif config.slurm:
+            job.send_signal(signal.SIGUSR1)  # which srun passes on; at SIGTERM it kills its tasks
         elif not ranks:
             os.killpg(job.pid, signal.SIGTERM)
 

@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 
 from ..train.ranks import init_distributed
+from . import slurm
 
 MEGABYTES = 64
 
 
 def main() -> None:
     """Rank 0 prints who met, and how fast 64 MB are added up."""
+    slurm.take_place()
     rank, world, device = init_distributed()
     numbers = torch.full((MEGABYTES * 250_000,), float(rank), device=device)
     dist.all_reduce(numbers[:1].clone())

@@ -246,9 +246,17 @@ def reason(error: Exception) -> str:
     return without_password(lines[0][:300])
 
 
+_SECRETS = "pass|token|secret|sig|key|credential|auth"
+
+
 def without_password(text: str) -> str:
-    """Text in which user and password of every URL are left out."""
-    return re.sub(r"://[^/@\s]+@", "://", text)
+    """Text without the user and password of every URL, and without what a query gives as a secret.
+
+    A password may hold `@` and `/` as it stands: what looks like a user ends at the last `@` of its word.
+    """
+    text = re.sub(rf"([?&][^\s=&]*(?:{_SECRETS})[^\s=&]*=)[^\s&'\"]+", r"\1***", text, flags=re.IGNORECASE)
+    text = re.sub(r"://[^\s/:@]*:\S*@", "://", text)
+    return re.sub(r"://[^\s/@]+@", "://", text)
 
 
 def clean_name(name: str) -> str:

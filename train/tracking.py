@@ -124,8 +124,9 @@ class Tracker:
         self._metrics(step, finite)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Logs a file as it is now, into a folder of the run's artefacts."""
-        self._with_file({"op": "artifact", "folder": folder}, path, replaced_whole=False)
+        """Logs a file as it is now, into a folder of the run's artefacts; a config without its passwords."""
+        clean = without_password if path.suffix == ".toml" else None
+        self._with_file({"op": "artifact", "folder": folder}, path, clean=clean)
 
     def model(self, path: Path, name: str, step: int, tags: Mapping[str, Any]) -> None:
         """Logs a weights file as a model of its own, registered where `tracking.registered_model` says so.
@@ -154,12 +155,13 @@ class Tracker:
 
         Takes `root`, `manifest` and `fingerprint` of a `ShardIndex`.
         """
-        scheme, found, rest = without_password(root).partition("://")
+        root = without_password(root)
+        scheme, found, rest = root.partition("://")
         profile = {key: manifest[key] for key in ("n_samples", "n_texts", "histogram") if key in manifest}
         self._append(
             {
                 "op": "dataset",
-                "name": root.rstrip("/").rsplit("/", 1)[-1] or root,
+                "name": root.partition("?")[0].rstrip("/").rsplit("/", 1)[-1] or root,
                 "digest": fingerprint[:DIGEST_LENGTH],
                 "source_type": scheme if found else "local",
                 "source": f"{scheme}://{rest}" if found else str(Path(root).resolve()),
@@ -192,11 +194,17 @@ class Tracker:
         # There is no step here: seconds since the run began go on in a resumed one.
         self._metrics(max(0, _now() - self._began) // 1000, values)
 
-    def _with_file(self, op: Operation, path: Path, replaced_whole: bool) -> None:
+    def _with_file(
+        self,
+        op: Operation,
+        path: Path,
+        replaced_whole: bool = False,
+        clean: Callable[[str], str] | None = None,
+    ) -> None:
         if self._spool is None:
             return
         try:
-            self._append(op | {"file": self._spool.keep(path, replaced_whole)})
+            self._append(op | {"file": self._spool.keep(path, replaced_whole, clean)})
         except WanmoeError as error:
             self._say(f"not logged: {error}")
 
