@@ -30,6 +30,8 @@ def command(config: LaunchConfig, arguments: Sequence[str], module: str) -> list
     hosts = hosts_of(config)
     words = ["srun", "--kill-on-bad-exit=1", f"--nodes={len(hosts)}"]
     words += [f"--ntasks-per-node={next(iter(hosts.values()))}"]
+    if cores := os.environ.get("SLURM_CPUS_PER_TASK"):  # srun does not read it since Slurm 22.05
+        words.append(f"--cpus-per-task={cores}")
     return [*words, sys.executable, "-u", "-m", module, *arguments]
 
 
