@@ -156,7 +156,9 @@ def test_two_nodes_on_one_machine_train_like_two_local_ranks(launcher, stages, t
     assert all(torch.equal(two_nodes[name], two_ranks[name]) for name in two_ranks)
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGUSR1, 0)]
+)
 def test_a_signal_saves_within_a_step_and_exits_cleanly(launcher, config, tmp_path, number, workers):
     config["train"]["steps"] = 100_000
     config["data"]["workers"] = workers

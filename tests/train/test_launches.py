@@ -1,0 +1,181 @@
+"""Jobs as `wanmoe launch` starts, stops and restarts them. Stand-ins for pdsh, ssh and srun run here what the
+real ones run on other machines, with no more of this shell than these would take along."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import tomli_w
+import tomllib
+import torch
+
+from wanmoe.launch.launcher import local_rank_processes
+from wanmoe.moe_lora.adapter_file import read_adapter
+from wanmoe.train.tracking import read_metrics
+
+PDSH = """#!{python}
+import os, subprocess, sys
+words = sys.argv[1:]
+hosts = words[words.index("-w") + 1].split(",")
+while words[0].startswith("-"):
+    words = words[1 if words[0] == "-S" else 2:]
+keep = ("PATH", "HOME", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR")
+env = {{name: os.environ[name] for name in keep if name in os.environ}}
+jobs = [
+    subprocess.Popen(["sh", "-c", " ".join(words).replace("%n", str(n))], env=env, cwd="/")
+    for n, host in enumerate(hosts)
+]
+sys.exit(max(abs(job.wait()) for job in jobs))
+"""
+SSH = "#!/bin/sh\nexit 0\n"
+# As the real one: SIGUSR1 reaches the tasks, SIGTERM kills them, and so does the bad end of one.
+SRUN = """#!{python}
+import os, signal, subprocess, sys
+words = sys.argv[1:]
+given = {{}}
+while words[0].startswith("--"):
+    name, _, value = words.pop(0).partition("=")
+    given[name] = value
+nodes, each = int(given["--nodes"]), int(given["--ntasks-per-node"])
+jobs = []
+for number in range(nodes * each):
+    place = {{
+        "SLURM_PROCID": str(number),
+        "SLURM_LOCALID": str(number % each),
+        "SLURM_NTASKS": str(nodes * each),
+        "SLURM_TASKS_PER_NODE": f"{{each}}(x{{nodes}})",
+        "SLURMD_NODENAME": f"node-{{number // each}}",
+    }}
+    jobs.append(subprocess.Popen(words, env=os.environ | place))
+def to_all(number, frame=None):
+    for job in jobs:
+        job.send_signal(number)
+signal.signal(signal.SIGUSR1, to_all)
+signal.signal(signal.SIGTERM, lambda number, frame: to_all(signal.SIGKILL))
+codes = [job.wait() for job in jobs]
+sys.exit(max(128 - code if code < 0 else code for code in codes))
+"""
+SCONTROL = "#!/bin/sh\necho node-0\necho node-1\n"
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    """PATH with the stand-ins before all else."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in {"pdsh": PDSH, "ssh": SSH, "srun": SRUN, "scontrol": SCONTROL}.items():
+        (folder / name).write_text(text.format(python=sys.executable) if "{python}" in text else text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.fixture(scope="module")
+def straight(ranks, shards, base, tmp_path_factory):
+    """(config, losses, adapter) of a run that nothing happened to, on two ranks."""
+    run = tmp_path_factory.mktemp("straight")
+    tree = {
+        "model": {"dit": str(base)},
+        "adapter": {"blocks": 2, "ffn_blocks": 1},
+        "data": {"shards": str(shards), "batch": 1, "workers": 0},
+        "objective": {"identity": 0},
+        "optimizer": {"lr": 1e-2, "warmup_steps": 2},
+        "train": {
+            "stage": "a",
+            "run": str(run),
+            "steps": 40,
+            "global_batch": 4,
+            "log_every": 1,
+            "save_every": 5,
+        },
+        "tracking": {"enabled": False},
+    }
+    ranks.run(tree, 2)
+    return tree, losses(run), read_adapter(run / "adapter.safetensors")[1]
+
+
+def losses(run):
+    return {line["step"]: line["train/loss"] for line in read_metrics(run) if "train/loss" in line}
+
+
+def launch(tree, run, *words):
+    """`wanmoe launch <options> train` on a config beside the run folder, as a process."""
+    config = run.with_name("config.toml")
+    config.write_text(tomli_w.dumps(tree | {"train": tree["train"] | {"run": str(run)}}))
+    split = words.index("train") if "train" in words else len(words)
+    words = ["launch", *words[:split], "train", "--config", str(config), *words[split + 1 :]]
+    return subprocess.Popen(
+        [sys.executable, "-m", "wanmoe.launch", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def until(process, text):
+    """What a process has said when it says `text`."""
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if text in line:
+            return "".join(said)
+    pytest.fail(f"ended without {text!r}: {''.join(said)[-4000:]}")
+
+
+def ended(process):
+    text, _ = process.communicate(timeout=300)
+    return process.returncode, text
+
+
+def test_a_job_that_lost_a_rank_starts_again_and_loses_nothing(straight, tmp_path):
+    job = launch(straight[0], tmp_path / "run", "--ranks", 2, "--restarts", 1)
+    until(job, "step 7: loss")
+    rank = next(one for one in local_rank_processes(job.pid) if "--local_rank=1" in one.cmdline())
+    rank.kill()
+    code, text = ended(job)
+    assert code == 0, text[-4000:]
+    assert "the job lost a rank (exit code" in text and f"resuming {tmp_path / 'run'} at step" in text
+    _, expected, adapter = straight
+    assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-5)
+    found = read_adapter(tmp_path / "run" / "adapter.safetensors")[1]
+    assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in adapter.items())
+
+
+def stopped(job, run, straight, number):
+    """Sends a signal to a job that has begun: it saves and ends well, and its steps were the right ones."""
+    said = until(job, "step 7: loss")
+    job.send_signal(number)
+    code, text = ended(job)
+    assert code == 0 and "stopped by signal at step" in text, text[-4000:]
+    done = losses(run)
+    assert 7 <= len(done) < 40
+    assert done == pytest.approx({step: straight[1][step] for step in done}, abs=1e-5)
+    assert (run / "adapter.safetensors").exists()
+    return said
+
+
+def test_two_hosts_by_pdsh_get_every_word_and_stop_together(straight, path, tmp_path):
+    (tmp_path / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
+    name = 'it costs $5 `ls` "q"'
+    words = ["--hostfile", tmp_path / "hosts", "--master-addr", "127.0.0.1", "--master-port", port()]
+    run = tmp_path / "a run"
+    job = launch(straight[0], run, *words, "train", "--tracking.name", name)
+    stopped(job, run, straight, signal.SIGTERM)
+    assert tomllib.loads((run / "config.toml").read_text())["tracking"]["name"] == name
+
+
+def test_two_nodes_by_srun_stop_at_its_warning(straight, path, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node-[0-1]")
+    words = ["--slurm", "--ranks", 2, "--master-addr", "127.0.0.1", "--master-port", port()]
+    job = launch(straight[0], tmp_path / "run", *words)
+    said = stopped(job, tmp_path / "run", straight, signal.SIGUSR1)
+    assert "global batch 4 on 4 ranks" in said
