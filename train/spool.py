@@ -286,6 +286,18 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         yield line if isinstance(line, dict) else {"damaged": text}
 
 
+def append_bytes(path: Path, text: bytes) -> None:
+    """Appends to a file; raises OSError where not all of it could be, and leaves nothing half written."""
+    with path.open("ab", buffering=0) as file:
+        end = os.fstat(file.fileno()).st_size
+        try:
+            if file.write(text) != len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
+
+
 def _append(path: Path, line: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

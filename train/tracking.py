@@ -11,7 +11,9 @@ import json
 import math
 import secrets
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +25,7 @@ from .config import TrackingConfig
 from .mlflow_store import MlflowStore, clean_name, reason, without_password
 from .sender import Sender
 from .source import source_tags
-from .spool import Operation, Spool
+from .spool import Operation, Spool, append_bytes
 from .system_metrics import SystemMetrics
 
 SPOOL = "tracking"
@@ -69,6 +71,10 @@ class Tracker:
         self.path = run / "metrics.jsonl"
         kept = [line for line in _lines(self.path) if line["step"] <= start_step] if start_step else []
         self._config, self._run, self._say = config, run, say
+        # What is not written down yet, by both threads that log.
+        self._lines: list[str] = []
+        self._ops: deque[Operation] = deque()
+        self._full, self._guard = False, threading.Lock()
         self._spool: Spool | None = None
         self._sender: Sender | None = None
         self._system: SystemMetrics | None = None
@@ -116,11 +122,8 @@ class Tracker:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics for one step; figures that are not finite are left out."""
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, **finite}) + "\n")
-        except OSError as error:
-            raise WanmoeError(f"{self.path}: could not be written ({error.strerror})") from error
+        self._lines.append(json.dumps({"step": step, **finite}) + "\n")
+        self._write_down()
         self._metrics(step, finite)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
@@ -171,11 +174,16 @@ class Tracker:
 
     def close(self, status: str = "FINISHED") -> None:
         """Ends the MLflow run: FINISHED, FAILED or KILLED; a second call does nothing."""
-        if self._sender is None:
-            return
         if self._system is not None:
             self._system.close()
         self._append({"op": "status", "status": status, "time": _now()})
+        self._write_down()
+        if lost := len(self._lines) + len(self._ops):
+            self._say(f"{self._run}: the last {lost} lines of figures could not be written and are lost")
+            self._lines.clear()
+            self._ops.clear()
+        if self._sender is None:
+            return
         sender, self._sender = self._sender, None
         left = sender.close(self._config.close_wait)
         if left:
@@ -184,6 +192,24 @@ class Tracker:
                 f"{sender.spool.folder}; the run's next start sends them, or "
                 f"`wanmoe track-sync --run {self._run}`"
             )
+
+    def _write_down(self) -> None:
+        """Writes what waits for it; on a full disk it waits for the next time, which is said once."""
+        with self._guard:
+            try:
+                if self._lines:
+                    append_bytes(self.path, "".join(self._lines).encode())
+                    self._lines.clear()
+                while self._sender is not None and self._ops:
+                    self._sender.spool.append(self._ops[0])
+                    self._ops.popleft()
+            except (OSError, WanmoeError) as error:
+                if not self._full:
+                    told = error if isinstance(error, WanmoeError) else f"{self.path}: {error.strerror}"
+                    self._say(f"figures wait in memory until they can be written: {told}")
+                self._full = True
+            else:
+                self._full = False
 
     def _metrics(self, step: int, values: Mapping[str, float]) -> None:
         if values:
@@ -210,7 +236,8 @@ class Tracker:
 
     def _append(self, op: Operation) -> None:
         if self._sender is not None:
-            self._sender.spool.append({"run": self._key, **op})
+            self._ops.append({"run": self._key, **op})
+            self._write_down()
             self._sender.wake()
 
 
