@@ -136,3 +136,14 @@ def test_two_nodes_keep_frozen_shards_of_their_own(launcher, ranks, config, tmp_
     ranks.run(config, 1)
     expected = [line["train/loss"] for line in read_metrics(alone) if "train/loss" in line]
     assert losses == pytest.approx(expected, abs=1e-5)
+
+
+def test_parameters_that_no_step_reaches_end_the_run_by_name(ranks, config):
+    """Below the first band the experts have no share: a run would leave them as they are (trap A)."""
+    config["train"] |= {"stage": "b", "steps": 30}
+    config["objective"] |= {"t_range": [0.0, 0.1]}
+    config["router"] = {"bands": [[0.0, 0.0], [0.2, 0.5]], "floor": 0.0}
+    text = ranks.fail(config, 1)
+    assert "parameters have had no gradient in" in text and "expert_" in text
+    assert "is objective.t_range within router.bands, has every expert clips?" in text
+    assert "Traceback" not in text
