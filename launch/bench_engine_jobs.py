@@ -157,6 +157,6 @@ def _start(job: Path, ranks: int, local: int, gpu: bool) -> None:
             process.kill()
             process.wait()
     for rank, process in enumerate(started):
-        if process.returncode > 0:
+        if process.returncode != 0:
             told = logs[rank].read_text(errors="replace").strip().splitlines()
             raise WanmoeError(f"bench engine: rank {rank} failed: {' | '.join(told[-3:])}")

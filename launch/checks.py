@@ -76,9 +76,7 @@ def _cards(hosts: Mapping[str, int], told: Mapping[str, Facts]) -> Iterator[Find
         yield Finding(f"different GPUs: {', '.join(sorted(kinds))}; the slowest sets the pace", fatal=False)
     if len(set(hosts.values())) > 1:
         slots = ", ".join(f"{host} {count}" for host, count in hosts.items())
-        yield Finding(
-            f"different numbers of ranks ({slots}): no second set of shards within nodes", fatal=False
-        )
+        yield Finding(f"different numbers of ranks ({slots}): give all hosts the same slots")
 
 
 def _network(hosts: Mapping[str, int], told: Mapping[str, Facts]) -> Iterator[Finding]:

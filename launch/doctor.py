@@ -26,11 +26,12 @@ from . import probe, slurm
 from .checks import Finding
 from .checks import examine as find
 from .config import Config, LaunchConfig
-from .hosts import hosts_of
+from .hosts import hosts_of, is_here
 from .launcher import local_ranks, master_port, start
+from .meet import MEET
 
-# Seconds: for a host to answer, in which it imports torch over a slow file system; and for all ranks to meet.
-ANSWER, MEET = 120, 300
+# Seconds: for a host to answer, in which it imports torch over a slow file system; and for the dry run.
+ANSWER, DRY = 120, MEET + 60
 
 
 def examine(launch: LaunchConfig, config: Config | None, fake: str | None) -> int:
@@ -87,8 +88,8 @@ def ask(
         # Once more, now that all have left their tokens.
         last = list(told)[-1]
         again = answers_of([last])[last]
-        if not isinstance(again, Finding):
-            told[last] = told[last] | {"folders": again["folders"]}
+        answers |= {last: again} if isinstance(again, Finding) else {}
+        told[last] = told[last] | ({} if isinstance(again, Finding) else {"folders": again["folders"]})
     for folder in folders:
         for left in _nearest(Path(folder)).glob(f".wanmoe-doctor-{token}-*"):
             left.unlink(missing_ok=True)
@@ -97,7 +98,7 @@ def ask(
 
 def _of_host(launch: LaunchConfig, host: str, question: dict[str, Any]) -> dict[str, Any] | Finding:
     words = [sys.executable, "-m", probe.__name__, json.dumps(question)]
-    if launch.hostfile is not None and not launch.no_ssh and not _is_here(host):
+    if launch.hostfile is not None and not launch.no_ssh and not is_here(host):
         # As DeepSpeed's launcher goes there: the same folder, the same Python, the same variables.
         there = ["env", *(f"{key}={value}" for key, value in exported().items()), *words]
         remote = f"cd {shlex.quote(os.getcwd())} && {shlex.join(there)}"
@@ -115,7 +116,8 @@ def _of_host(launch: LaunchConfig, host: str, question: dict[str, Any]) -> dict[
 
 
 def _by_srun(hosts: Sequence[str], question: dict[str, Any]) -> dict[str, dict[str, Any] | Finding]:
-    words = ["srun", f"--nodes={len(hosts)}", "--ntasks-per-node=1", f"--nodelist={','.join(hosts)}"]
+    words = ["srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1"]
+    words += [f"--nodelist={','.join(hosts)}"]
     words += [sys.executable, "-m", probe.__name__, json.dumps(question | {"first": None})]
     began = time.time()
     try:
@@ -129,10 +131,12 @@ def _by_srun(hosts: Sequence[str], question: dict[str, Any]) -> dict[str, dict[s
 
 def _facts(text: str, began: float, ended: float) -> list[dict[str, Any]]:
     """What probes have printed, a line each, with `offset`: their clock against ours in seconds."""
-    every = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    # Shells may greet before it, without a line of its own.
+    lines = [line.partition(probe.MARK)[2] for line in text.splitlines() if probe.MARK in line]
+    every = [json.loads(line) for line in lines]
     for facts in every:
-        # They were asked for their time somewhere between: what lies within is no skew.
-        early, late = facts["time"] - ended, facts["time"] - began
+        # They were started and ended somewhere between: what lies within is no skew.
+        early, late = facts["time"] - ended, facts["began"] - began
         facts["offset"] = 0.0 if early <= 0 <= late else (early if early > 0 else late)
     return every
 
@@ -170,10 +174,6 @@ def _nearest(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-def _is_here(host: str) -> bool:
-    return host in ("localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn())
 
 
 def _describe(facts: Mapping[str, Any]) -> str:
@@ -216,13 +216,13 @@ def _wait(starts: Sequence[LaunchConfig]) -> str | None:
         for one, log in zip(starts, logs, strict=True):
             with log.open("w") as file:
                 jobs.append(start(one, [], "wanmoe.launch.meet", stdout=file, stderr=subprocess.STDOUT))
-        until = time.monotonic() + MEET
+        until = time.monotonic() + DRY
         try:
             for job in jobs:
                 job.wait(timeout=max(until - time.monotonic(), 1))
         except subprocess.TimeoutExpired:
             return (
-                f"the ranks did not meet within {MEET} s: does a firewall close the port, is the first "
+                f"the ranks did not meet within {DRY} s: does a firewall close the port, is the first "
                 "host's name known on all others (--master-addr), is NCCL_SOCKET_IFNAME right?"
             )
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 
 from ..moe_lora import WanmoeError
@@ -29,12 +30,22 @@ def read_hostfile(path: Path) -> dict[str, int]:
         match = _LINE.match(text)
         if match is None or int(match["slots"]) < 1:
             raise WanmoeError(f"{path}, line {number}: {text!r} is not a line like `host1 slots=8`")
+        if set(match["host"]) & set(":@"):
+            raise WanmoeError(
+                f"{path}, line {number}: {match['host']!r}: the ranks meet at the names of hosts; put "
+                "users and addresses with colons into ~/.ssh/config and /etc/hosts"
+            )
         if match["host"] in hosts:
             raise WanmoeError(f"{path}, line {number}: {match['host']} stands there twice")
         hosts[match["host"]] = int(match["slots"])
     if not hosts:
         raise WanmoeError(f"{path}: names no host; it holds lines like `host1 slots=8`")
     return hosts
+
+
+def is_here(host: str) -> bool:
+    """Whether a host of a hostfile is this machine."""
+    return host in ("localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn())
 
 
 def hosts_of(config: LaunchConfig) -> dict[str, int]:

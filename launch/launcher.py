@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -21,10 +22,12 @@ from ..moe_lora import WanmoeError
 from ..train.watchdog import TRY_AGAIN
 from . import slurm
 from .config import LaunchConfig
-from .hosts import hosts_of
+from .hosts import hosts_of, is_here
 
-# Ctrl-C, a scheduler's end and its warning: all of them mean to save and end.
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Ctrl-C, a scheduler's end and its warning, a terminal that is gone: all of them mean to save and end.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# Without these, pdsh waits for hours for a machine that has no power.
+ALIVE = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 
 
 def under_launcher() -> bool:
@@ -35,11 +38,12 @@ def under_launcher() -> bool:
 def launch(config: LaunchConfig, arguments: Sequence[str]) -> int:
     """Runs `wanmoe <arguments>` as the ranks of a job and returns its exit code.
 
-    A job that lost a rank is started again, `config.restarts` times at most; one that was told to stop, or
-    whose config is at fault, is not. DeepSpeed 0.19.8 has no elastic training any more.
+    A job that lost a rank is started again, `config.restarts` times at most, and ends with TRY_AGAIN if that
+    does not help; one that was told to stop, or whose config is at fault, is not. DeepSpeed 0.19.8 has no
+    elastic training any more.
     """
     for left in range(config.restarts, -1, -1):
-        code, told_to_stop = _run(config, arguments)
+        code, told_to_stop = _run(_at_next_port(config, config.restarts - left), arguments)
         lost = code == TRY_AGAIN or code > 128 or code < 0
         if not lost or told_to_stop or not left:
             break
@@ -47,7 +51,15 @@ def launch(config: LaunchConfig, arguments: Sequence[str]) -> int:
             f"wanmoe: the job lost a rank (exit code {code}); it starts again, "
             f"{left - 1} more {'time' if left == 2 else 'times'} if need be\n"
         )
-    return code
+    # Of a rank that was killed DeepSpeed's launcher tells the signal, as 247 or -9.
+    return TRY_AGAIN if lost and not told_to_stop else code
+
+
+def _at_next_port(config: LaunchConfig, attempt: int) -> LaunchConfig:
+    """Ranks that are left of an earlier start must not meet those of this one."""
+    if not attempt or not (config.hostfile or config.slurm):
+        return config
+    return config.model_copy(update={"master_port": master_port(config) + attempt})
 
 
 def _run(config: LaunchConfig, arguments: Sequence[str]) -> tuple[int, bool]:
@@ -58,6 +70,7 @@ def _run(config: LaunchConfig, arguments: Sequence[str]) -> tuple[int, bool]:
     """
     job = start(config, arguments)
     told_to_stop = False
+    first_host = next(iter(hosts_of(config))) if over_pdsh(config) else None
 
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal told_to_stop
@@ -65,14 +78,16 @@ def _run(config: LaunchConfig, arguments: Sequence[str]) -> tuple[int, bool]:
         ranks = local_rank_processes(job.pid)
         for rank in ranks:
             rank.send_signal(signal.SIGTERM)
-        if over_pdsh(config):
-            _stop_remote(config, arguments)
+        if first_host is not None:
+            _stop_remote(first_host, arguments)
         elif config.slurm:
             job.send_signal(signal.SIGUSR1)  # which srun passes on; at SIGTERM it kills its tasks
         elif not ranks:
             os.killpg(job.pid, signal.SIGTERM)
 
-    before = {number: signal.signal(number, forward) for number in STOPS}
+    # One that is ignored, as nohup does with SIGHUP, stays so.
+    heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in heard}
     try:
         return job.wait(), told_to_stop
     finally:
@@ -93,34 +108,37 @@ def start(
 
 
 def over_pdsh(config: LaunchConfig) -> bool:
-    """Whether pdsh starts the ranks, on several hosts."""
-    return config.hostfile is not None and not config.no_ssh and len(hosts_of(config)) > 1
+    """Whether pdsh starts the ranks: on several hosts, or on one that is not this machine."""
+    hosts = {} if config.no_ssh else hosts_of(config)
+    return len(hosts) > 1 or not all(map(is_here, hosts))
 
 
-def _stop_remote(config: LaunchConfig, arguments: Sequence[str]) -> None:
-    """Tells the ranks of the first host to stop: what one is told they all hear."""
+def _stop_remote(host: str, arguments: Sequence[str]) -> None:
+    """Tells a rank of that host to stop: what one is told they all hear."""
     words = " ".join(re.escape(word) for word in arguments)
     # The oldest: the readers of a rank are forks of it, with its command line.
     stop = f"pkill -TERM -o -f {shlex.quote(f'wanmoe.launch --local_rank=[0-9]+ {words}')}"
-    subprocess.Popen(["pdsh", "-R", "ssh", "-w", next(iter(hosts_of(config))), stop])
+    subprocess.Popen(["pdsh", "-R", "ssh", "-w", host, stop.replace("%", "%%")])
 
 
 def for_pdsh(word: str) -> str:
-    """A word that the shells of other hosts leave as it is; DeepSpeed quotes those with spaces, and `"` in
-    them."""
+    """A word that pdsh and the shells of other hosts leave as it is; DeepSpeed quotes those with spaces, and
+    `"` in them."""
+    word = word.replace("%", "%%")  # of pdsh: %n, %h
     return re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
 
 
 def local_rank_processes(job: int) -> list[psutil.Process]:
     """The ranks that DeepSpeed's launcher has started under process `job` on this machine."""
-    try:
-        children = psutil.Process(job).children(recursive=True)
-        found = [child for child in children if any("--local_rank=" in word for word in child.cmdline())]
-        # A rank's reader processes are forks of it, with its command line.
-        pids = {child.pid for child in found}
-        return [child for child in found if child.ppid() not in pids]
-    except psutil.NoSuchProcess:
-        return []
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(job).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # or a zombie
+                if any("--local_rank=" in word for word in child.cmdline()):
+                    found.append((child, child.ppid()))
+    # A rank's reader processes are forks of it, with its command line.
+    pids = {child.pid for child, _ in found}
+    return [child for child, parent in found if parent not in pids]
 
 
 def command(config: LaunchConfig, arguments: Sequence[str], module: str = "wanmoe.launch") -> list[str]:
@@ -153,11 +171,27 @@ def command(config: LaunchConfig, arguments: Sequence[str], module: str = "wanmo
         if config.include:
             words += ["--include", config.include]
         if over_pdsh(config):
+            words.append("--force_multi")
             arguments = [for_pdsh(word) for word in arguments]
     else:
         # Without this DeepSpeed would read /job/hostfile if the machine has one.
-        words += ["--hostfile", os.devnull, "--num_gpus", str(local_ranks(config))]
+        words += ["--hostfile", os.devnull, *_cards(local_ranks(config))]
     return [*words, "--module", module, *arguments]
+
+
+def _cards(ranks: int) -> list[str]:
+    """Which cards DeepSpeed takes: with --num_gpus it forgets CUDA_VISIBLE_DEVICES."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not visible or not torch.cuda.is_available():
+        return ["--num_gpus", str(ranks)]
+    cards = visible.split(",")
+    if not all(card.strip().isdigit() for card in cards):
+        raise WanmoeError(
+            f"CUDA_VISIBLE_DEVICES = {visible!r}: DeepSpeed's launcher takes numbers alone, such as 0,1"
+        )
+    if ranks > len(cards):
+        raise WanmoeError(f"launch.ranks = {ranks}: CUDA_VISIBLE_DEVICES = {visible!r} has fewer cards")
+    return ["--include", f"localhost:{','.join(cards[:ranks])}"]
 
 
 def master_port(config: LaunchConfig) -> int:
@@ -182,12 +216,15 @@ def environment(config: LaunchConfig) -> dict[str, str]:
     """The environment of the ranks: DeepSpeed's CPU accelerator where there is no GPU, and cores shared
     fairly."""
     env = dict(os.environ)
-    if not torch.cuda.is_available():
-        env.setdefault("DS_ACCELERATOR", "cpu")
-        threads = max((os.cpu_count() or 1) // local_ranks(config), 1)
-        env.setdefault("OMP_NUM_THREADS", str(threads))
     if config.slurm:
+        # Of this machine, which may be a login node, the ranks get nothing else.
         env |= slurm.environment(config)
+    elif not torch.cuda.is_available():
+        env.setdefault("DS_ACCELERATOR", "cpu")
+        threads = max(len(os.sched_getaffinity(0)) // local_ranks(config), 1)
+        env.setdefault("OMP_NUM_THREADS", str(threads))
+    if over_pdsh(config):
+        env["PDSH_SSH_ARGS_APPEND"] = f"{env.get('PDSH_SSH_ARGS_APPEND', '')} {ALIVE}".strip()
     # ninja, which compiles DeepSpeed's shared-memory collectives at the first start, lies beside the
     # interpreter.
     env["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), env.get("PATH", "")])

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("wanmoe", "torch", "deepspeed", "transformers", "safetensors", "webdataset")
+MARK = "wanmoe-probe:"
+"""Before the answer."""
 VARIABLES = ("NCCL_", "GLOO_", "UCX_", "FI_")
 
 
@@ -31,13 +33,14 @@ def probe(ask: dict[str, Any]) -> dict[str, Any]:
             must be there; `folders` to write to, with a `token` that tells whether all hosts see the same.
     """
     first = os.environ.get("SLURM_PROCID") == "0" if ask["first"] is None else ask["first"]
+    began = time.time()
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    return {
+    facts = {
+        "began": began,
         "host": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
-        "time": time.time(),
         "versions": versions,
         "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
         "interfaces": [name for _, name in socket.if_nameindex()],
@@ -47,6 +50,7 @@ def probe(ask: dict[str, Any]) -> dict[str, Any]:
         "folders": {path: _folder(Path(path), ask["token"]) for path in ask["folders"]},
         **_cards(),
     }
+    return facts | {"time": time.time()}
 
 
 def _cards() -> dict[str, Any]:
@@ -101,4 +105,4 @@ def _folder(path: Path, token: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(probe(json.loads(sys.argv[1]))) + "\n")
+    sys.stdout.write(MARK + json.dumps(probe(json.loads(sys.argv[1]))) + "\n")

@@ -12,8 +12,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from ..moe_lora import WanmoeError
 from .config import LaunchConfig
 
@@ -28,8 +26,10 @@ def command(config: LaunchConfig, arguments: Sequence[str], module: str) -> list
         WanmoeError: there is no allocation, or no srun.
     """
     hosts = hosts_of(config)
-    words = ["srun", "--kill-on-bad-exit=1", f"--nodes={len(hosts)}"]
-    words += [f"--ntasks-per-node={next(iter(hosts.values()))}"]
+    each = next(iter(hosts.values()))
+    # --ntasks: else that of the allocation holds. --wait: rank 0 may send its last figures in peace.
+    words = ["srun", "--kill-on-bad-exit=1", "--wait=0", f"--nodes={len(hosts)}"]
+    words += [f"--ntasks={len(hosts) * each}", f"--ntasks-per-node={each}"]
     if cores := os.environ.get("SLURM_CPUS_PER_TASK"):  # srun does not read it since Slurm 22.05
         words.append(f"--cpus-per-task={cores}")
     return [*words, sys.executable, "-u", "-m", module, *arguments]
@@ -52,8 +52,15 @@ def hosts_of(config: LaunchConfig) -> dict[str, int]:
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise WanmoeError(f"cannot ask scontrol for the hosts of {nodes!r} ({error})") from error
-    each = config.ranks or int(os.environ.get("SLURM_GPUS_ON_NODE") or max(torch.cuda.device_count(), 1))
-    return dict.fromkeys(told.stdout.split(), each)
+    return dict.fromkeys(told.stdout.split(), config.ranks or _cards_of_a_node())
+
+
+def _cards_of_a_node() -> int:
+    for name in ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE"):  # the latter may be a100:8
+        number = os.environ.get(name, "").rpartition(":")[2]
+        if number.isdigit():
+            return int(number)
+    raise WanmoeError("Slurm does not say how many GPUs a node has; give the number of its ranks as --ranks")
 
 
 def environment(config: LaunchConfig) -> dict[str, str]:

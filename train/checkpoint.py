@@ -9,6 +9,7 @@ on the world size.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -64,9 +65,12 @@ def commit(
         if there:  # a damaged one
             _put_aside(target)
         os.rename(staging, target)
-        # The state, and the entries of `resume` and of the run folder, which may be as new.
-        for place in (folder, folder.parent, folder.parent.parent):
-            _fsync(place)
+        _fsync(folder)
+        # The entries of `resume` and of the run folder, which may be as new; who may write in a folder may
+        # not always open it, and not every file system flushes one.
+        for place in (folder.parent, folder.parent.parent):
+            with contextlib.suppress(OSError):
+                _fsync(place)
     except (OSError, SafetensorError) as error:
         raise WanmoeError(
             f"{target}: could not be saved ({error}); earlier resume states are untouched: make room there "
@@ -122,7 +126,8 @@ def clear_leftovers(run: Path) -> None:
     for folder in (run / "resume").glob(".tmp-*"):
         shutil.rmtree(folder, ignore_errors=True)  # what cannot be removed takes space and nothing else
     for file in run.glob(".*.partial"):
-        file.unlink()
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 def set_aside(folder: Path) -> Path | None:

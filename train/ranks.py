@@ -55,7 +55,9 @@ def init_distributed(
     gpus = torch.cuda.is_available()
     backend = backend or ("nccl" if gpus else "gloo")
     if gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # Slurm may show each task its own card alone.
+        alone = torch.cuda.device_count() == 1
+        torch.cuda.set_device(0 if alone else int(os.environ["LOCAL_RANK"]))
     if backend == "gloo":
         _compile_collectives()
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)

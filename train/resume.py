@@ -48,8 +48,7 @@ def find(
     A collective. Raises WanmoeError where there are states and none can be resumed from.
     """
     folder = run / "resume"
-    if rank == 0:
-        checkpoint.clear_leftovers(run)
+    together(lambda: checkpoint.clear_leftovers(run) if rank == 0 else None)
     if not resume:
         if aside := together(lambda: checkpoint.set_aside(folder) if rank == 0 else None):
             say(f"starting afresh; the states of the earlier run are in {aside}")
@@ -57,7 +56,7 @@ def find(
     path, complaints = together(lambda: checkpoint.latest(folder))
     for complaint in complaints:
         say(complaint)
-    return (None, None, {}) if path is None else (path, *checkpoint.read(path))
+    return (None, None, {}) if path is None else (path, *together(lambda: checkpoint.read(path)))
 
 
 def write_config(config: TrainerConfig, run: Path, steps: int) -> dict[str, Any]:

@@ -18,7 +18,9 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,9 @@ Operation = dict[str, Any]
 LONG = 4 << 20
 """Bytes of a list from which on it is made short while the folder is open, once all is sent."""
 
+LEASE = 120.0
+"""Seconds for which a server of files may keep the lock of a machine that is gone."""
+
 _open_here: set[Path] = set()
 """Folders that this process has locked: record locks keep processes apart, not two openings by one."""
 
@@ -38,7 +43,8 @@ _open_here: set[Path] = set()
 class FolderLock:
     """Keeps a folder to one process until `close`, by a lock on its file `lock`.
 
-    Forked children do not inherit it, and a dead process loses it.
+    Forked children do not inherit it, and a dead process loses it; one of another machine is waited for,
+    since that may be gone.
 
     Args:
         use: what who has it does there, and the way out, for the error.
@@ -52,14 +58,16 @@ class FolderLock:
         if self.folder in _open_here:
             raise WanmoeError(f"{self.folder}: this process {use}")
         self._file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # Some cluster file systems have no locks: nothing keeps two processes apart there.
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                holder = os.read(self._file, 200).decode(errors="replace") or "another process"
+        until = time.monotonic() + LEASE
+        told = False
+        while (holder := self._holder()) is not None:
+            if holder.endswith(f" on {socket.gethostname()}") or time.monotonic() > until:
                 os.close(self._file)
-                raise WanmoeError(f"{self.folder}: {holder} {use}") from error
+                raise WanmoeError(f"{self.folder}: {holder} {use}")
+            if not told:
+                sys.stderr.write(f"{self.folder}: waiting for {holder}, {LEASE:.0f} s at most\n")
+            told = True
+            time.sleep(1.0)
         try:
             os.ftruncate(self._file, 0)
             os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -67,6 +75,16 @@ class FolderLock:
             os.close(self._file)
             raise
         _open_here.add(self.folder)
+
+    def _holder(self) -> str | None:
+        """Who has the lock; None where that is now this process."""
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Some cluster file systems have no locks: nothing keeps two processes apart there.
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return os.pread(self._file, 200, 0).decode(errors="replace") or "another process"
+        return None
 
     def close(self) -> None:
         """Gives the folder free."""

@@ -57,6 +57,8 @@ class Sign:
     pid: int
     born: str | None
     """Of the process, as `birth` tells it."""
+    machine: str
+    """Where that process can be asked after (`machine`); names of hosts may be those of several."""
     attempt: str
     """Of the start of the job; files of earlier ones count for nothing."""
     count: int = 0
@@ -95,6 +97,13 @@ def birth(pid: int) -> str | None:
     return None if state in "ZX" else f"{BOOT.read_text().strip()}/{fields[18]}"
 
 
+def machine() -> str:
+    """What tells this machine, or container, from others: boot and space of process numbers."""
+    if not BOOT.exists():
+        return socket.gethostname()
+    return f"{BOOT.read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
+
+
 class Watchdog:
     """The sign of life of one rank, and its eye on the others.
 
@@ -119,7 +128,8 @@ class Watchdog:
     ) -> None:
         self.folder, self.world, self.timeout = folder, world, timeout
         self.give_up = give_up or _end
-        self.own = Sign(rank, socket.gethostname(), os.getpid(), birth(os.getpid()), attempt)
+        pid = os.getpid()
+        self.own = Sign(rank, socket.gethostname(), pid, birth(pid), machine(), attempt)
         self._main = threading.main_thread().ident
         self._beaten = time.monotonic()
         self._seen: dict[int, tuple[int, float]] = {}
@@ -128,7 +138,8 @@ class Watchdog:
         self._path = folder / f"{rank}.json"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._stacks = open(folder / f"{rank}-stacks.txt", "w")  # noqa: SIM115 - held for faulthandler
+            # Appended to: a restart keeps what the start before it has left.
+            self._stacks = open(folder / f"{rank}-stacks.txt", "a")  # noqa: SIM115 - held for faulthandler
             # A new file, whole from the start; from then on it is written in place.
             partial = self._path.with_suffix(".partial")
             partial.write_bytes(self._text())
@@ -160,8 +171,9 @@ class Watchdog:
             self._write()
         with contextlib.suppress(OSError):
             self._stacks.close()
-            if not why:
-                (self.folder / f"{self.own.rank}-stacks.txt").unlink(missing_ok=True)
+            stacks = self.folder / f"{self.own.rank}-stacks.txt"
+            if stacks.stat().st_size == 0:
+                stacks.unlink()
 
     def lost(self) -> str | None:
         """Which other rank is gone, in words; None where all are there."""
@@ -169,7 +181,7 @@ class Watchdog:
             if sign.ended:
                 return f"{sign.name} has ended: {sign.ended}"
             if sign.ended is None and self._gone(sign):
-                far = sign.host != self.own.host
+                far = sign.machine != self.own.machine
                 silent = f", and has written nothing to {self.folder} for {SILENT:g} s" if far else ""
                 return f"{sign.name} is gone; it was at step {sign.step}{silent}"
         return None
@@ -182,7 +194,7 @@ class Watchdog:
         return told
 
     def _gone(self, sign: Sign) -> bool:
-        if sign.host == self.own.host:
+        if sign.machine == self.own.machine:
             return not sign.alive()
         count, since = self._seen.get(sign.rank, (-1, 0.0))
         now = time.monotonic()
@@ -212,10 +224,17 @@ class Watchdog:
             elif lost_since is None:
                 lost_since = time.monotonic()
             elif time.monotonic() - lost_since > GRACE:
-                self.give_up(told)
+                self._end(told)
             if time.monotonic() - self._beaten > self.timeout:
                 faulthandler.dump_traceback(self._stacks, all_threads=True)
-                self.give_up(self._stuck())
+                self._end(self._stuck())
+
+    def _end(self, why: str) -> None:
+        # Those of other machines hear it at once, not when this one has been silent for long.
+        self.own.ended = why
+        with contextlib.suppress(OSError):
+            self._write()
+        self.give_up(why)
 
     def _stuck(self) -> str:
         signs = sorted(
@@ -336,7 +355,7 @@ def check_unused(folder: Path) -> None:
     open_ends = [sign for sign in signs if sign is not None and sign.ended is None]
     far = []
     for sign in open_ends:
-        if sign.host != socket.gethostname():
+        if sign.machine != machine():
             far.append(sign)
         elif sign.alive():
             raise _at_work(folder, sign)

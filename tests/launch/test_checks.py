@@ -118,10 +118,10 @@ def test_the_last_sees_the_tokens_of_all():
     assert said({"folders": {"/runs/a": FOLDER | {"seen": ["1"]}}}, second) == []
 
 
-def test_ranks_that_differ_by_host_are_a_note():
+def test_hosts_have_the_same_number_of_ranks():
     first = {"cards": [CARD]}
     ((weight, text),) = said(first, hosts={"node1": 1, "node2": 2})
-    assert weight == "note" and "different numbers of ranks (node1 1, node2 2)" in text
+    assert weight == "error" and "different numbers of ranks (node1 1, node2 2)" in text
 
 
 def test_hosts_without_gpus_need_none():

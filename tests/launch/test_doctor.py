@@ -156,3 +156,48 @@ def test_options_that_do_not_go_together_are_one_line(site):
     code, text = doctor(site, options=["--no-ssh"])
     assert code == 2
     assert text.count("\n") == 1 and "launch.no_ssh needs launch.hostfile, the same on every node" in text
+
+
+# As the real one: without --ntasks the number of the allocation's tasks holds; nodes are those asked for.
+SRUN = """#!{python}
+import os, subprocess, sys
+words = sys.argv[1:]
+given = {{}}
+while words[0].startswith("--"):
+    name, _, value = words.pop(0).partition("=")
+    given[name] = value
+nodes = given.get("--nodelist", "node-0,node-1").split(",")
+count = int(given.get("--ntasks", os.environ["SLURM_NTASKS"]))
+each = count // len(nodes)
+jobs = []
+for task in range(count):
+    place = {{"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task % each), "SLURM_NTASKS": str(count)}}
+    place |= {{"SLURM_TASKS_PER_NODE": f"{{each}}(x{{len(nodes)}})", "SLURMD_NODENAME": nodes[task // each]}}
+    jobs.append(subprocess.Popen(words, env=os.environ | place))
+sys.exit(max(job.wait() for job in jobs))
+"""
+
+
+def test_an_allocation_is_asked_by_srun(site):
+    scripts = {"srun": SRUN.format(python=sys.executable), "scontrol": "#!/bin/sh\necho node-0 node-1\n"}
+    for name, text in scripts.items():
+        (site / "bin" / name).write_text(text)
+        (site / "bin" / name).chmod(0o755)
+    allocation = {"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "node-[0-1]", "SLURM_NTASKS": "16"}
+    port = free_port()
+    options = ["--slurm", "--ranks", 1, "--master-addr", "127.0.0.1", "--master-port", port]
+    code, text = doctor(site, "--config", site / "a.toml", options=options, **allocation)
+    assert code == 0, text
+    assert "hosts: node-0 (1 ranks), node-1 (1 ranks)" in text
+    assert "ranks: 2 on 2 nodes (gloo)" in text and "error" not in text
+    assert [path.name for path in (site / "runs").iterdir()] == []
+    with socket.socket() as taken:
+        taken.bind(("", port))
+        taken.listen()
+        (site / "dit.safetensors").unlink()
+        code, text = doctor(site, "--config", site / "a.toml", options=options, **allocation)
+    assert code == 1
+    assert "error: node-0: the port where the ranks meet is taken" in text
+    for node in ("node-0", "node-1"):
+        assert f"error: {node}: {site}/dit.safetensors is not there" in text
+    assert text.count("error: ") == 3

@@ -28,6 +28,8 @@ def test_hosts_come_in_the_order_of_the_file(tmp_path):
         ("node-a slots=eight\n", "line 1: 'node-a slots=eight' is not a line like"),
         ("node-a slots=8\n#\nnode-a slots=8\n", "line 3: node-a stands there twice"),
         ("\n# none\n", "names no host; it holds lines like `host1 slots=8`"),
+        ("me@node-a slots=8\n", "line 1: 'me@node-a': the ranks meet at the names of hosts"),
+        ("fd00::7 slots=8\n", "put users and addresses with colons into ~/.ssh/config and /etc/hosts"),
         (b"node-\xff slots=8\n", "cannot read the hostfile; it holds lines like `host1 slots=8`"),
     ],
 )

@@ -29,9 +29,12 @@ def allocation(tmp_path, monkeypatch):
 
 
 def test_one_task_per_card_on_every_node(allocation, monkeypatch):
+    # Not as many as the allocation's script has tasks, which srun would take.
+    monkeypatch.setenv("SLURM_NTASKS", "2")
     words = slurm.command(LaunchConfig(slurm=True), ["train", "--config", "a.toml"], "wanmoe.launch")
-    assert words[:4] == ["srun", "--kill-on-bad-exit=1", "--nodes=2", "--ntasks-per-node=8"]
-    assert words[4:] == [sys.executable, "-u", "-m", "wanmoe.launch", "train", "--config", "a.toml"]
+    assert words[:3] == ["srun", "--kill-on-bad-exit=1", "--wait=0"]
+    assert words[3:6] == ["--nodes=2", "--ntasks=16", "--ntasks-per-node=8"]
+    assert words[6:] == [sys.executable, "-u", "-m", "wanmoe.launch", "train", "--config", "a.toml"]
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
     assert "--cpus-per-task=12" in slurm.command(LaunchConfig(slurm=True), [], "wanmoe.launch")
     assert "--ntasks-per-node=2" in slurm.command(LaunchConfig(slurm=True, ranks=2), [], "wanmoe.launch")
@@ -42,8 +45,19 @@ def test_all_tasks_meet_at_the_first_node(allocation):
     env = environment(config)
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("node07", "30067")
     assert local_ranks(config) == 8
+    # This machine may be a login node: that it has no GPU is not the ranks' affair.
+    assert env.keys() - os.environ.keys() == {"MASTER_ADDR", "MASTER_PORT", slurm.MARK}
     given = environment(LaunchConfig(slurm=True, master_addr="ib-node07", master_port=4000))
     assert (given["MASTER_ADDR"], given["MASTER_PORT"]) == ("ib-node07", "4000")
+
+
+def test_the_number_of_cards_is_what_slurm_says_or_is_asked_for(allocation, monkeypatch):
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE")
+    with pytest.raises(WanmoeError, match="give the number of its ranks as --ranks"):
+        slurm.hosts_of(LaunchConfig(slurm=True))
+    assert slurm.hosts_of(LaunchConfig(slurm=True, ranks=3)) == {"node07": 3, "node08": 3}
+    monkeypatch.setenv("SLURM_GPUS_PER_NODE", "a100:4")
+    assert slurm.hosts_of(LaunchConfig(slurm=True)) == {"node07": 4, "node08": 4}
 
 
 @pytest.mark.parametrize("lacks", ["SLURM_JOB_ID", "srun"])

@@ -15,6 +15,7 @@ import torch
 from wanmoe.launch.launcher import local_rank_processes
 from wanmoe.moe_lora.adapter_file import read_adapter
 from wanmoe.train.tracking import read_metrics
+from wanmoe.train.watchdog import TRY_AGAIN
 
 PDSH = """#!{python}
 import os, subprocess, sys
@@ -25,7 +26,7 @@ while words[0].startswith("-"):
 keep = ("PATH", "HOME", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR")
 env = {{name: os.environ[name] for name in keep if name in os.environ}}
 jobs = [
-    subprocess.Popen(["sh", "-c", " ".join(words).replace("%n", str(n))], env=env, cwd="/")
+    subprocess.Popen(["sh", "-c", " ".join(words).replace("%n", str(n)).replace("%%", "%")], env=env, cwd="/")
     for n, host in enumerate(hosts)
 ]
 sys.exit(max(abs(job.wait()) for job in jobs))
@@ -149,6 +150,16 @@ def test_a_job_that_lost_a_rank_starts_again_and_loses_nothing(straight, tmp_pat
     assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in adapter.items())
 
 
+def test_without_restarts_a_lost_rank_is_named_and_the_job_may_be_tried_again(straight, tmp_path):
+    job = launch(straight[0], tmp_path / "run", "--ranks", 2)
+    until(job, "step 7: loss")
+    rank = next(one for one in local_rank_processes(job.pid) if "--local_rank=1" in one.cmdline())
+    rank.kill()
+    code, text = ended(job)
+    assert code == TRY_AGAIN and f"rank 1 (process {rank.pid} on " in text, text[-4000:]
+    assert "it starts again" not in text
+
+
 def stopped(job, run, straight, number):
     """Sends a signal to a job that has begun: it saves and ends well, and its steps were the right ones."""
     said = until(job, "step 7: loss")
@@ -164,7 +175,7 @@ def stopped(job, run, straight, number):
 
 def test_two_hosts_by_pdsh_get_every_word_and_stop_together(straight, path, tmp_path):
     (tmp_path / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
-    name = 'it costs $5 `ls` "q"'
+    name = 'it costs $5 `ls` "q", 100 %'
     words = ["--hostfile", tmp_path / "hosts", "--master-addr", "127.0.0.1", "--master-port", port()]
     run = tmp_path / "a run"
     job = launch(straight[0], run, *words, "train", "--tracking.name", name)

@@ -23,6 +23,43 @@ def waiting(spool: Spool) -> list[int]:
     return [op["step"] for op in spool.peek(1000)]
 
 
+def test_a_lock_of_another_machine_is_waited_for(tmp_path, monkeypatch, capsys):
+    """That machine may be gone, and a server of files still keep its lock."""
+    (asked, go), (gone, told) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:  # has the lock until it is told to go
+        monkeypatch.setattr(spool_file.socket, "gethostname", lambda: "node-b")
+        held = spool_file.FolderLock(tmp_path, "")
+        os.write(told, b"x")
+        os.read(asked, 1)
+        held.close()
+        os.write(told, b"x")
+        os._exit(0)
+    os.read(gone, 1)
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 3:
+            os.write(go, b"x")
+            os.read(gone, 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spool_file.time, "sleep", sleep)
+        patch.setattr(spool_file.time, "monotonic", lambda: sum(slept))
+        patch.setattr(spool_file, "LEASE", 1.5)
+        with pytest.raises(WanmoeError, match=f"process {child} on node-b is at work there"):
+            spool_file.FolderLock(tmp_path, "is at work there")
+        assert len(slept) == 2
+        patch.setattr(spool_file, "LEASE", 120.0)
+        spool_file.FolderLock(tmp_path, "is at work there").close()
+    assert len(slept) == 3
+    assert f"waiting for process {child} on node-b, 120 s at most" in capsys.readouterr().err
+    os.waitpid(child, 0)
+    for pipe in (asked, go, gone, told):
+        os.close(pipe)
+
+
 def test_operations_come_back_in_order_until_they_are_done(tmp_path):
     spool = Spool(tmp_path)
     log(spool, 1, 2, 3)

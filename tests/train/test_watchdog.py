@@ -83,7 +83,7 @@ def test_a_rank_of_another_machine_is_gone_when_its_counter_stands_still(pair, t
     (first, _), _ = pair
     now = 1000.0
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
-    change(tmp_path, 1, host="node-b", count=5)
+    change(tmp_path, 1, host="node-b", machine="elsewhere", count=5)
     assert first.lost() is None
     now += watchdog.SILENT + 1
     assert "on node-b) is gone" in first.lost() and f"nothing to {tmp_path} for 60 s" in first.lost()
@@ -171,7 +171,7 @@ def test_a_folder_in_use_is_refused_and_one_that_was_left_is_not(tmp_path):
         check_unused(tmp_path / "ranks")
     change(tmp_path / "ranks", 0, pid=a_dead_process())
     check_unused(tmp_path / "ranks")
-    change(tmp_path / "ranks", 0, host="node-b", wall=time.time() - 3600)
+    change(tmp_path / "ranks", 0, host="node-b", machine="elsewhere", wall=time.time() - 3600)
     check_unused(tmp_path / "ranks")
     dog.close()
     check_unused(tmp_path / "ranks")
@@ -185,7 +185,7 @@ def watch_alone(run):
 def test_a_job_of_another_machine_that_fell_silent_is_waited_for(tmp_path, lone_group, monkeypatch, capsys):
     Watchdog(tmp_path / "ranks", 0, 1, "job", 60.0).close()
     now, slept = time.time(), []
-    change(tmp_path / "ranks", 0, host="node-b", ended=None, wall=now - 20)
+    change(tmp_path / "ranks", 0, host="node-b", machine="elsewhere", ended=None, wall=now - 20)
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: sum(slept))
     monkeypatch.setattr(watchdog.time, "sleep", slept.append)
     with watchdog.take(tmp_path / "ranks"):
