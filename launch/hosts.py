@@ -36,7 +36,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
                 "users and addresses with colons into ~/.ssh/config and /etc/hosts"
             )
         if match["host"] in hosts:
-            raise WanmoeError(f"{path}, line {number}: {match['host']} stands there twice")
+            raise WanmoeError(f"{path}, line {number}: {match['host']} stands there twice; give it one line")
         hosts[match["host"]] = int(match["slots"])
     if not hosts:
         raise WanmoeError(f"{path}: names no host; it holds lines like `host1 slots=8`")

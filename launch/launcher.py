@@ -68,13 +68,15 @@ def _run(config: LaunchConfig, arguments: Sequence[str]) -> tuple[int, bool]:
     Signals go to the ranks alone, which save and end by themselves: DeepSpeed's launcher would kill them one
     after the other and report a failure. So the job has a session of its own, out of Ctrl-C's reach.
     """
-    job = start(config, arguments)
+    job: subprocess.Popen[Any] | None = None
     told_to_stop = False
     first_host = next(iter(hosts_of(config))) if over_pdsh(config) else None
 
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal told_to_stop
         told_to_stop = True
+        if job is None:
+            return  # it is told as soon as it is there
         ranks = local_rank_processes(job.pid)
         for rank in ranks:
             rank.send_signal(signal.SIGTERM)
@@ -89,6 +91,9 @@ def _run(config: LaunchConfig, arguments: Sequence[str]) -> tuple[int, bool]:
     heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in heard}
     try:
+        job = start(config, arguments)
+        if told_to_stop:
+            forward(signal.SIGTERM, None)
         return job.wait(), told_to_stop
     finally:
         for number, handler in before.items():

@@ -9,27 +9,38 @@ import sys
 
 import pytest
 import tomli_w
-import tomllib
 import torch
 
+from wanmoe.launch.config import load_config
 from wanmoe.launch.launcher import local_rank_processes
 from wanmoe.moe_lora.adapter_file import read_adapter
+from wanmoe.moe_lora.wan.weights import load_dit, save_dit
 from wanmoe.train.tracking import read_metrics
 from wanmoe.train.watchdog import TRY_AGAIN
 
 PDSH = """#!{python}
-import os, subprocess, sys
+import os, re, subprocess, sys
 words = sys.argv[1:]
 hosts = words[words.index("-w") + 1].split(",")
 while words[0].startswith("-"):
     words = words[1 if words[0] == "-S" else 2:]
 keep = ("PATH", "HOME", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR")
 env = {{name: os.environ[name] for name in keep if name in os.environ}}
-jobs = [
-    subprocess.Popen(["sh", "-c", " ".join(words).replace("%n", str(n)).replace("%%", "%")], env=env, cwd="/")
-    for n, host in enumerate(hosts)
-]
-sys.exit(max(abs(job.wait()) for job in jobs))
+ends = []
+for n, host in enumerate(hosts):
+    filled = {{"n": str(n), "h": host, "u": "me", "%": "%"}}
+    line = re.sub("%([nhu%])", lambda at: filled[at[1]], " ".join(words))
+    told, tell = os.pipe()
+    if os.fork() == 0:  # no child of ours: on another machine there is none
+        os.setsid()
+        if os.fork() == 0:
+            code = subprocess.run(["sh", "-c", line], env=env, cwd="/").returncode
+            os.write(tell, str(abs(code)).encode())
+        os._exit(0)
+    os.close(tell)
+    os.wait()
+    ends.append(told)
+sys.exit(max(int(os.read(told, 9)) for told in ends))
 """
 SSH = "#!/bin/sh\nexit 0\n"
 # As the real one: SIGUSR1 reaches the tasks, SIGTERM kills them, and so does the bad end of one.
@@ -160,6 +171,17 @@ def test_without_restarts_a_lost_rank_is_named_and_the_job_may_be_tried_again(st
     assert "it starts again" not in text
 
 
+def test_a_fault_that_only_the_ranks_find_is_not_started_again(straight, base, tmp_path):
+    dit = load_dit(base)
+    with torch.no_grad():
+        dit.head.head.weight.fill_(float("nan"))
+    save_dit(dit, tmp_path / "model.safetensors")
+    tree = straight[0] | {"model": {"dit": str(tmp_path / "model.safetensors")}}
+    code, text = ended(launch(tree, tmp_path / "run", "--ranks", 2, "--restarts", 3))
+    assert code == 2, text[-4000:]
+    assert "steps in a row were skipped" in text and "it starts again" not in text
+
+
 def stopped(job, run, straight, number):
     """Sends a signal to a job that has begun: it saves and ends well, and its steps were the right ones."""
     said = until(job, "step 7: loss")
@@ -175,18 +197,20 @@ def stopped(job, run, straight, number):
 
 def test_two_hosts_by_pdsh_get_every_word_and_stop_together(straight, path, tmp_path):
     (tmp_path / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
-    name = 'it costs $5 `ls` "q", 100 %'
+    name = 'it costs $5 `ls` "q" 100%n'
     words = ["--hostfile", tmp_path / "hosts", "--master-addr", "127.0.0.1", "--master-port", port()]
     run = tmp_path / "a run"
     job = launch(straight[0], run, *words, "train", "--tracking.name", name)
     stopped(job, run, straight, signal.SIGTERM)
-    assert tomllib.loads((run / "config.toml").read_text())["tracking"]["name"] == name
+    assert load_config(run / "config.toml").model_dump()["tracking"]["name"] == name
 
 
-def test_two_nodes_by_srun_stop_at_its_warning(straight, path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_two_nodes_by_srun_save_and_stop(straight, path, tmp_path, monkeypatch, number):
+    """SIGUSR1 as Slurm warns; SIGTERM would kill the tasks if srun got it."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node-[0-1]")
     words = ["--slurm", "--ranks", 2, "--master-addr", "127.0.0.1", "--master-port", port()]
     job = launch(straight[0], tmp_path / "run", *words)
-    said = stopped(job, tmp_path / "run", straight, signal.SIGUSR1)
+    said = stopped(job, tmp_path / "run", straight, number)
     assert "global batch 4 on 4 ranks" in said
