@@ -87,8 +87,8 @@ def _run(config: LaunchConfig, arguments: Sequence[str]) -> tuple[int, bool]:
         elif not ranks:
             os.killpg(job.pid, signal.SIGTERM)
 
-    # One that is ignored, as nohup does with SIGHUP, stays so.
-    heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    # nohup lets a job outlive its terminal.
+    heard = [n for n in STOPS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in heard}
     try:
         job = start(config, arguments)
