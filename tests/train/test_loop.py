@@ -167,7 +167,7 @@ def test_a_signal_saves_within_a_step_and_exits_cleanly(launcher, config, tmp_pa
         if line.startswith("step 0: held-out loss"):
             break
     process.send_signal(number)
-    rest, _ = process.communicate(timeout=120)
+    rest, _ = process.communicate(timeout=300)
     assert process.returncode == 0, rest[-3000:]
     assert "stopped by signal at step" in rest
     (state,) = (tmp_path / "run" / "resume").iterdir()

@@ -186,6 +186,7 @@ def test_a_job_of_another_machine_that_fell_silent_is_waited_for(tmp_path, lone_
     Watchdog(tmp_path / "ranks", 0, 1, "job", 60.0).close()
     now, slept = time.time(), []
     change(tmp_path / "ranks", 0, host="node-b", machine="elsewhere", ended=None, wall=now - 20)
+    monkeypatch.setattr(watchdog.time, "time", lambda: now)
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: sum(slept))
     monkeypatch.setattr(watchdog.time, "sleep", slept.append)
     with watchdog.take(tmp_path / "ranks"):
