@@ -94,9 +94,9 @@ class Trainer:
         self.order = order_of_sides(self.sides, self.steps)
         for index, side in enumerate(self.sides):
             together(lambda side=side, index=index: self._prepare(side, self.order.count(index)))  # type: ignore[misc]
-        path, state, trainer = resume.find(self.run, config.train.resume, rank, self._say)
+        state, trainer = resume.find(self.run, config.train.resume, rank, self._say)
         self.step = int(trainer.get("step", 0))
-        resume.agree_on_start(config, path, self.sides, self.batches, self.plan)
+        resume.agree_on_start(config, self.sides, self.batches, self.plan)
         agree(self._identity())
         if state is not None:
             names = [side.prefix + name for side in self.sides for name in side.trainable]

@@ -42,8 +42,8 @@ CHOOSE = "choose another train.run or set train.resume = false"
 
 def find(
     run: Path, resume: bool, rank: int, say: Callable[[str], object]
-) -> tuple[Path | None, dict[str, Tensor] | None, dict[str, Any]]:
-    """(folder, tensors, trainer.json) of the newest state that verifies, or nothing for a fresh start.
+) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+    """(tensors, trainer.json) of the newest state that verifies, or nothing for a fresh start.
 
     A collective. Raises WanmoeError where there are states and none can be resumed from.
     """
@@ -52,11 +52,13 @@ def find(
     if not resume:
         if aside := together(lambda: checkpoint.set_aside(folder) if rank == 0 else None):
             say(f"starting afresh; the states of the earlier run are in {aside}")
-        return None, None, {}
+        return None, {}
     path, complaints = together(lambda: checkpoint.latest(folder))
     for complaint in complaints:
         say(complaint)
-    return (None, None, {}) if path is None else (path, *together(lambda: checkpoint.read(path)))
+    # Who has a state reads it with the others: nodes that do not share the folder would part here.
+    agree({"the resume state": path and path.name})
+    return (None, {}) if path is None else together(lambda: checkpoint.read(path))
 
 
 def write_config(config: TrainerConfig, run: Path, steps: int) -> dict[str, Any]:
@@ -80,9 +82,7 @@ def identity(config: TrainerConfig, **facts: Any) -> dict[str, Any]:
     return {"stage": stage_name(config), "seed": config.train.seed, **facts, **learned}
 
 
-def agree_on_start(
-    config: TrainerConfig, state: Path | None, sides: Sequence[Side], batches: TrainBatches, plan: Plan
-) -> None:
+def agree_on_start(config: TrainerConfig, sides: Sequence[Side], batches: TrainBatches, plan: Plan) -> None:
     """Raises WanmoeError on every rank unless all would start alike; a collective.
 
     Paths may differ between nodes; what lies there may not, as far as a quick look tells.
@@ -96,7 +96,6 @@ def agree_on_start(
     }
     dump = flatten(config.model_dump(mode="json", exclude=paths))
     settings = {f"the config's {key}": value for key, value in dump.items()} | {
-        "the resume state": state and state.name,
         "the tuned table of the kernels": table.digest(sides[0].device),
         "the order of the samples": [batches.order.batch(step) for step in range(16)],
         "how the models are held": plan.stage,

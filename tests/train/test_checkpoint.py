@@ -109,7 +109,7 @@ def test_states_none_of_which_verifies_are_no_fresh_start(tmp_path, lone_group):
     with pytest.raises(WanmoeError, match=r"step_00000010: .*; .*step_00000005: .* train.resume = false"):
         resume.find(tmp_path, True, 0, print)
     # As told: they are set aside, and none is lost.
-    assert resume.find(tmp_path, False, 0, print) == (None, None, {})
+    assert resume.find(tmp_path, False, 0, print) == (None, {})
     assert len(checkpoint.states(tmp_path / "resume-before-1")) == 2
 
 
