@@ -16,14 +16,10 @@ class SystemMetrics:
     Args:
         every: seconds between two lines of figures.
         log: is given the figures of one interval, named as MLflow's pages expect them.
-        node: name of the host where figures of several hosts go to one run; it comes after `system/`.
     """
 
-    def __init__(
-        self, every: float, log: Callable[[Mapping[str, float]], object], node: str | None = None
-    ) -> None:
+    def __init__(self, every: float, log: Callable[[Mapping[str, float]], object]) -> None:
         self._every, self._log = every, log
-        self._prefix = "system/" if node is None else f"system/{node}/"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="system-metrics", daemon=True)
         self._thread.start()
@@ -48,7 +44,7 @@ class SystemMetrics:
             for monitor in monitors:
                 values |= monitor.aggregate_metrics()
                 monitor.clear_metrics()
-            self._log({self._prefix + name: float(value) for name, value in values.items()})
+            self._log({f"system/{name}": float(value) for name, value in values.items()})
 
 
 def _monitors() -> list[Any]:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -266,6 +267,33 @@ def mlflow_server(tmp_path_factory):
     server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory) -> Path:
+    """A database of MLflow without a run; its tables take seconds to make."""
+    from mlflow import MlflowClient  # for those who track: it takes seconds
+
+    folder = tmp_path_factory.mktemp("database")
+    MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(name="run")
+def run_folder(tmp_path, database) -> Path:
+    """An empty run folder beside an empty database."""
+    folder = tmp_path / "runs" / "a"
+    folder.mkdir(parents=True)
+    shutil.copy(database, folder.parent)
+    return folder
+
+
+@pytest.fixture
+def unreachable() -> str:
+    """Address at which nobody listens, for as long as the test runs."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{held.getsockname()[1]}"
 
 
 @pytest.fixture(scope="session")

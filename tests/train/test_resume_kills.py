@@ -4,13 +4,14 @@ Ranks are killed with SIGKILL: at a step, at random moments of training and savi
 alone.
 """
 
+import contextlib
+import inspect
 import json
 import multiprocessing
 import random
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -157,37 +158,85 @@ def test_a_run_moves_from_two_ranks_to_four_to_one(ranks, shards, base, tmp_path
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5)
 
 
+def shot_inside(commit, number, calls, told):
+    """`commit` that is shot before its so-manieth call of a C function in the save of this number, or that
+    tells a file how many calls there are if it lives that long."""
+    import os
+    import signal
+    import sys
+    from pathlib import Path
+
+    saves = made = 0
+
+    def count(frame, event, argument):
+        nonlocal made
+        if event == "c_call":
+            if made == calls:
+                os.kill(os.getpid(), signal.SIGKILL)
+            made += 1
+
+    def counted(*arguments, **more):
+        nonlocal saves
+        saves += 1
+        if saves != number:
+            return commit(*arguments, **more)
+        sys.setprofile(count)
+        try:
+            return commit(*arguments, **more)
+        finally:
+            sys.setprofile(None)
+            Path(told).write_text(str(made))
+
+    return counted
+
+
+SHOT = """
+from wanmoe.train import checkpoint
+checkpoint.commit = shot_inside(checkpoint.commit, %r, %r, %r)
+trainer.fit()
+"""
+
+
 def test_fifty_kills_at_random_moments(ranks, shards, base, tmp_path):
-    """A run that saves at every second step is shot after a random time, and started again."""
+    """A run that saves at every second step is shot, and started again: half of the shots fall after a random
+    time, half at a random call inside a save."""
     chance = random.Random(0)
-    run = tmp_path / "run"
+    run, calls = tmp_path / "run", tmp_path / "calls"
     tree = plan(shards, base, run, "a", None)
     tree["train"] |= {"steps": 10**6, "global_batch": 1, "save_every": 2, "keep": 2}
     tree["deepspeed"] = {"zero": 0}
-    before, lost, inside = 0, [], 0
-    for _ in range(50):
-        (process,) = ranks.start(tree, 1)
+    before, least, lost = 0, 0, []
+    for kill in range(51):
+        # The first only counts the calls of a save that has others to prune.
+        inside = kill % 2 == 0
+        number = chance.randint(1, 3) if kill else 4
+        at = chance.randrange(int(calls.read_text())) if kill else -1
+        code = inspect.getsource(shot_inside) + SHOT % (number if inside else 0, at, str(calls))
+        (process,) = ranks.start(tree, 1, code=code)
         offset = process.log.stat().st_size if process.log.exists() else 0
-        until = time.monotonic() + 120
-        while not re.search(rf"step {before + 1}: loss", text_of(process, offset)):
-            assert process.is_alive() and time.monotonic() < until, text_of(process, offset)[-3000:]
-            process.join(timeout=0.02)
-        process.join(timeout=chance.uniform(0.0, 0.5))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        if inside and kill:
+            process.join(timeout=300)
+            least = before + 2 * (number - 1)
+        else:
+            wanted = rf"step {before + 1}: loss"
+            while not re.search(wanted, text_of(process, offset)) or not text_at(calls):
+                assert process.is_alive(), text_of(process, offset)[-3000:]
+                process.join(timeout=0.02)
+            process.join(timeout=chance.uniform(0.0, 0.5))
+            process.kill()
+            process.join()
+        assert process.exitcode == -signal.SIGKILL, text_of(process, offset)[-3000:]
         text = text_of(process, offset)
-        inside += any((run / "resume").glob(".tmp-*"))
         path, complaints = checkpoint.latest(run / "resume")
         step = 0 if path is None else int(checkpoint.read(path)[1]["step"])
         assert complaints == []
         # What was said to be saved is there; beyond it at most the save that was under way is gone.
-        assert step >= max([before, *map(int, re.findall(r"step (\d+): wrote", text))])
+        assert step >= max([before, least, *map(int, re.findall(r"step (\d+): wrote", text))])
         reached = max(map(int, re.findall(r"step (\d+): loss", text)))
         lost.append(reached - step)
         before = step
     assert before > 50 and max(lost) <= 4
-    assert inside > 0, "no kill has met a save"
+    (run / "resume" / ".tmp-0123").mkdir()
     tree["train"]["steps"] = before + 2
     changed = json.loads(json.dumps(tree))
     assert "belongs to another run (steps was 1000000" in ranks.fail(changed, 1)
@@ -195,38 +244,72 @@ def test_fifty_kills_at_random_moments(ranks, shards, base, tmp_path):
 
 
 def text_of(process, offset):
-    return process.log.read_bytes()[offset:].decode(errors="replace") if process.log.exists() else ""
+    return text_at(process.log)[offset:]
 
 
-def commit_for_ever(folder, step):
-    """Saves a growing step as fast as it can; each acknowledged by a byte in a pipe."""
-    tensors = {"param/x": torch.full((200_000,), float(step))}
+def text_at(path):
+    return path.read_bytes().decode("latin-1") if path.exists() else ""
+
+
+def save(commit, folder, step):
+    """A state of which every value is its step."""
+    commit(folder, {"param/x": torch.full((200_000,), float(step))}, {"step": step}, 2)
+
+
+def saved(folder):
+    """The step of the newest state, all of which must be of that step, once leftovers are cleared away."""
+    path, complaints = checkpoint.latest(folder)
+    assert complaints == []
+    tensors, trainer = checkpoint.read(path)
+    assert tensors["param/x"].unique().tolist() == [trainer["step"]]
+    checkpoint.clear_leftovers(folder.parent)
+    return trainer["step"]
+
+
+def test_a_save_that_is_shot_at_any_of_its_calls_leaves_the_old_or_the_new_state(tmp_path):
+    context, folder, calls = multiprocessing.get_context("fork"), tmp_path / "resume", tmp_path / "calls"
+    torch.set_num_threads(1)
+    for step in (1, 2):
+        save(checkpoint.commit, folder, step)
+    save(shot_inside(checkpoint.commit, 1, -1, calls), folder, 3)
+    step, seen = 3, []
+    total = int(calls.read_text())
+    for call in range(0, total, max(total // 150, 1)):
+        shot = shot_inside(checkpoint.commit, 1, call, calls)
+        process = context.Process(target=save, args=(shot, folder, step + 1))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        now = saved(folder)
+        assert now in (step, step + 1) and now >= max(seen, default=0)
+        seen.append(now)
+        step = now
+    assert len(set(seen)) > 10 and seen[0] == 3
+
+
+def save_for_ever(pipe, folder, step):
     while True:
         step += 1
-        tensors["param/x"].fill_(step)
-        checkpoint.commit(folder, tensors, {"step": step}, 2)
-        with open(folder / "said", "w") as file:
-            file.write(str(step))
+        save(checkpoint.commit, folder, step)
+        pipe.send(step)
 
 
-def test_two_hundred_kills_inside_of_saves(tmp_path):
+def test_fifty_kills_at_random_times_of_saves(tmp_path):
+    """In the middle of a write too, which is one call."""
     chance, context = random.Random(1), multiprocessing.get_context("fork")
     torch.set_num_threads(1)
-    folder, step, inside = tmp_path / "resume", 0, 0
-    folder.mkdir()
-    for _ in range(200):
-        process = context.Process(target=commit_for_ever, args=(folder, step))
+    folder, step = tmp_path / "resume", 0
+    for _ in range(50):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=save_for_ever, args=(theirs, folder, step))
         process.start()
-        process.join(timeout=chance.uniform(0.005, 0.05))
+        theirs.close()
+        said = ours.recv()
+        process.join(timeout=chance.uniform(0.0, 0.03))
         process.kill()
         process.join()
-        inside += any(folder.glob(".tmp-*"))
-        said = (folder / "said").read_text() if (folder / "said").exists() else ""
-        path, complaints = checkpoint.latest(folder)
-        now = 0 if path is None else checkpoint.read(path)[1]["step"]
-        assert complaints == [] and now >= max(int(said or 0), step)
-        if path is not None:
-            assert checkpoint.read(path)[0]["param/x"].unique().tolist() == [now]
-        step = now
-        checkpoint.clear_leftovers(tmp_path)
-    assert step > 100 and inside > 20
+        with contextlib.suppress(EOFError):
+            while True:
+                said = ours.recv()
+        step = saved(folder)
+        assert said <= step <= said + 1

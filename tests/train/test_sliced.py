@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wanmoe.launch.config import parse_config
@@ -13,26 +14,34 @@ from wanmoe.moe_lora.wan.weight_files import open_weights
 from wanmoe.moe_lora.wan.weights import load_dit, save_dit, to_diffusers
 from wanmoe.train.model import open_shards
 
-# What is in the shards of all ranks, put together, against the file; and what this rank read and held.
+# What is in the shards of all ranks, put together, and what each rank read and held, as rank 0 writes it.
 GATHERED = """
 import deepspeed
+from safetensors.torch import save_file
 side = trainer.sides[0]
-loaded = side.shards.loaded if side.shards is not None else None
+loaded = [None] * trainer.world
+torch.distributed.all_gather_object(loaded, vars(side.shards.loaded) if side.shards is not None else None)
 names = dict(side.dit.named_parameters())
-whole = {}
 with deepspeed.zero.GatheredParameters(list(names.values())):
-    whole = {name: p.detach().double().sum().item() for name, p in names.items()}
-    whole |= {name + "/first": p.detach().flatten()[-1].item() for name, p in names.items()}
-result = {"whole": whole, "loaded": loaded and vars(loaded)}
+    if trainer.rank == 0:
+        values = {name: p.detach().clone() for name, p in names.items()}
+        save_file(values, %r, metadata={"loaded": json.dumps(loaded)})
 """
 
 
-def told(path):
-    """As GATHERED tells it, of the model loaded whole."""
-    state = load_dit(path).state_dict()
-    return {name: p.double().sum().item() for name, p in state.items()} | {
-        f"{name}/first": p.flatten()[-1].item() for name, p in state.items()
-    }
+def gathered(ranks, config, world, tmp_path):
+    """(what the ranks said, the parameters put together, what each rank read and held)."""
+    path = tmp_path / "gathered" / "found.safetensors"
+    path.parent.mkdir()
+    text = ranks.run(config, world, code=GATHERED % str(path))
+    with safe_open(path, framework="pt") as file:
+        return text, load_file(path), json.loads(file.metadata()["loaded"])
+
+
+def same(found, path, dtype=None):
+    """Whether all parameters of the model loaded whole are there to the bit, beside those of the adapter."""
+    state = load_dit(path, dtype=dtype).state_dict()
+    return all(torch.equal(found[name], p) for name, p in state.items())
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers", "torch", "shards"])
@@ -56,11 +65,10 @@ def test_the_shards_hold_what_the_file_holds(ranks, config, base, tmp_path, layo
         json.dumps({"num_heads": 2, "text_len": 8, "model_type": "t2v", "dim": 32})
     )
     config["model"]["dit"] = str(path)
-    ranks.run(config, world, code=GATHERED, result=str(tmp_path / "found.json"))
-    found = json.loads((tmp_path / "found.json").read_text())
-    for name, value in told(path).items():
-        assert found["whole"][name] == pytest.approx(value, rel=1e-12, abs=1e-12), name
-    assert found["loaded"]["bytes_read"] <= found["loaded"]["bytes_whole"] / world + 4 * len(state)
+    _, found, loaded = gathered(ranks, config, world, tmp_path)
+    assert same(found, path)
+    for rank in loaded:
+        assert rank["bytes_read"] <= rank["bytes_whole"] / world + 4 * len(state)
 
 
 def test_no_rank_holds_the_model(ranks, config, tmp_path):
@@ -70,21 +78,20 @@ def test_no_rank_holds_the_model(ranks, config, tmp_path):
     save_dit(dit, tmp_path / "model.safetensors")
     largest = max(p.numel() for p in dit.parameters()) * 4
     config["model"]["dit"] = str(tmp_path / "model.safetensors")
-    text = ranks.run(config, 4, code=GATHERED, result=str(tmp_path / "found.json"))
-    loaded = json.loads((tmp_path / "found.json").read_text())["loaded"]
-    whole = loaded["bytes_whole"]
-    assert whole > 100e6 and loaded["bytes_read"] == pytest.approx(whole / 4, rel=1e-3)
-    # What is not freed at once, by the allocator or the collectives, is small beside the model.
-    assert loaded["peak"] < whole / 4 + 2 * largest + 16e6
+    text, found, loaded = gathered(ranks, config, 4, tmp_path)
+    assert same(found, tmp_path / "model.safetensors")
+    for rank in loaded:
+        whole = rank["bytes_whole"]
+        assert whole > 100e6 and rank["bytes_read"] == pytest.approx(whole / 4, rel=1e-3)
+        # What is not freed at once, by the allocator or the collectives, is small beside the model.
+        assert rank["peak"] < whole / 4 + 2 * largest + 16e6
     assert "base read in shards: " in text
 
 
 def test_bf16_shards_of_a_file_in_float32(ranks, config, base, tmp_path):
     config["train"] |= {"precision": "bf16", "steps": 2}
-    ranks.run(config, 2, code=GATHERED, result=str(tmp_path / "found.json"))
-    found = json.loads((tmp_path / "found.json").read_text())["whole"]
-    for name, value in load_dit(base, dtype=torch.bfloat16).state_dict().items():
-        assert found[f"{name}/first"] == value.flatten()[-1].item(), name
+    _, found, _ = gathered(ranks, config, 2, tmp_path)
+    assert same(found, base, torch.bfloat16)
 
 
 def test_a_file_that_can_only_be_read_whole_is_told_and_loaded_whole(ranks, config, base, tmp_path):
@@ -94,11 +101,9 @@ def test_a_file_that_can_only_be_read_whole_is_told_and_loaded_whole(ranks, conf
         json.dumps({"num_heads": 2, "text_len": 8, "model_type": "t2v", "dim": 32})
     )
     config["model"]["dit"] = str(path)
-    text = ranks.run(config, 2, code=GATHERED, result=str(tmp_path / "found.json"))
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["loaded"] is None and "can only be read whole" in text
-    for name, value in told(path).items():
-        assert found["whole"][name] == pytest.approx(value, rel=1e-12, abs=1e-12), name
+    text, found, loaded = gathered(ranks, config, 2, tmp_path)
+    assert loaded == [None, None] and "can only be read whole" in text
+    assert same(found, path)
 
 
 def test_what_trains_whole_is_loaded_whole(config, base):

@@ -10,7 +10,7 @@ from mlflow.system_metrics.metrics import gpu_monitor
 from wanmoe.train.system_metrics import SystemMetrics
 
 
-def measured(node: str | None = None) -> list[dict[str, float]]:
+def measured() -> list[dict[str, float]]:
     """The figures of two intervals."""
     lines: list[dict[str, float]] = []
     enough = threading.Event()
@@ -20,8 +20,8 @@ def measured(node: str | None = None) -> list[dict[str, float]]:
         if len(lines) == 2:
             enough.set()
 
-    metrics = SystemMetrics(0.05, log, node)
-    assert enough.wait(60)
+    metrics = SystemMetrics(0.05, log)
+    assert enough.wait(300)
     metrics.close()
     return lines[:2]
 
@@ -40,10 +40,6 @@ def test_cpu_memory_disk_and_network_are_measured():
     )
     assert 0 < first["system/system_memory_usage_percentage"] < 100
     assert all(type(value) is float for value in first.values())
-
-
-def test_hosts_are_told_apart_by_a_prefix():
-    assert all(name.startswith("system/node1/") for name in measured("node1")[0])
 
 
 def test_nothing_comes_after_the_end():

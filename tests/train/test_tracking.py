@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -34,36 +33,11 @@ def history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, flo
     return sorted((m.step, m.value) for m in client.get_metric_history(run_id, name))
 
 
-def until(condition, seconds: float = 60):
+def until(condition, seconds: float = 300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory) -> Path:
-    """A database of MLflow without a run; its tables take seconds to make."""
-    folder = tmp_path_factory.mktemp("database")
-    client(folder)
-    return folder / "mlflow.db"
-
-
-@pytest.fixture
-def run(tmp_path, database) -> Path:
-    """An empty run folder beside an empty database."""
-    folder = tmp_path / "runs" / "a"
-    folder.mkdir(parents=True)
-    shutil.copy(database, folder.parent)
-    return folder
-
-
-@pytest.fixture
-def unreachable() -> str:
-    """Address at which nobody listens, for as long as the test runs."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{held.getsockname()[1]}"
 
 
 def test_metrics_params_and_artefacts_reach_a_database_that_is_made_for_them(run):
@@ -169,13 +143,15 @@ def test_figures_that_are_not_finite_are_left_out(run):
 
 
 def test_the_host_is_measured_while_the_run_goes_on(run):
+    began = time.monotonic()
     tracker = Tracker(TrackingConfig(system_metrics_every=0.05), run, {})
     name = "system/cpu_utilization_percentage"
     until(lambda: tracker.run_id and len(history(client(run.parent), tracker.run_id, name)) > 1)
     tracker.close()
     # The file of the run's own figures has none of them.
     assert read_metrics(run) == []
-    assert {step for step, _ in history(client(run.parent), tracker.run_id, name)} <= set(range(60))
+    seconds = [step for step, _ in history(client(run.parent), tracker.run_id, name)]
+    assert min(seconds) >= 0 and max(seconds) <= time.monotonic() - began
 
 
 def test_tracking_can_be_off(tmp_path):

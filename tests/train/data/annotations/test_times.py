@@ -234,11 +234,11 @@ def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("unit", ["1'2 ", "1 ", "1-", "1 - ", "1s,", "1:", "至"])
 def test_a_hostile_line_takes_no_long_time(tmp_path: Path, unit: str) -> None:
     line = (unit * 2000)[:1990]
-    start = time.perf_counter()
+    start = time.process_time()
     for text in (f"a {line}x", f"a\t{line}x", f"{line}\tx"):
         with pytest.raises(WanmoeError):
             read_times(written(tmp_path, text))
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize(
