@@ -94,7 +94,15 @@ def _run(config: LaunchConfig, arguments: Sequence[str]) -> tuple[int, bool]:
         job = start(config, arguments)
         if told_to_stop:
             forward(signal.SIGTERM, None)
-        return job.wait(), told_to_stop
+        code = job.wait()
+        if code == 0 and (left := ranks_left(job.pid)):
+            # DeepSpeed's runner takes a launcher that was killed for one that ended well.
+            sys.stderr.write("wanmoe: the ranks' launcher was killed; they save and end\n")
+            for rank in left:
+                rank.send_signal(signal.SIGTERM)
+            psutil.wait_procs(left)
+            code = TRY_AGAIN
+        return code, told_to_stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -144,6 +152,17 @@ def local_rank_processes(job: int) -> list[psutil.Process]:
     # A rank's reader processes are forks of it, with its command line.
     pids = {child.pid for child, _ in found}
     return [child for child, parent in found if parent not in pids]
+
+
+def ranks_left(group: int) -> list[psutil.Process]:
+    """The ranks of a process group whose launcher is gone."""
+    found = []
+    for process in psutil.process_iter():
+        # Gone, or another user's, meanwhile.
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, ProcessLookupError):
+            if os.getpgid(process.pid) == group and any("--local_rank=" in w for w in process.cmdline()):
+                found.append(process)
+    return found
 
 
 def command(config: LaunchConfig, arguments: Sequence[str], module: str = "wanmoe.launch") -> list[str]:

@@ -171,6 +171,16 @@ def test_without_restarts_a_lost_rank_is_named_and_the_job_may_be_tried_again(st
     assert "it starts again" not in text
 
 
+def test_a_launcher_that_is_killed_is_no_good_end(straight, tmp_path):
+    """DeepSpeed's runner ends with 0 then, and the ranks train on by themselves."""
+    job = launch(straight[0], tmp_path / "run", "--ranks", 2)
+    until(job, "step 7: loss")
+    local_rank_processes(job.pid)[0].parent().kill()
+    code, text = ended(job)
+    assert code == TRY_AGAIN and "the ranks' launcher was killed; they save and end" in text, text[-4000:]
+    assert "stopped by signal at step" in text and (tmp_path / "run" / "adapter.safetensors").exists()
+
+
 def test_a_fault_that_only_the_ranks_find_is_not_started_again(straight, base, tmp_path):
     dit = load_dit(base)
     with torch.no_grad():
