@@ -192,8 +192,9 @@ def test_an_allocation_is_asked_by_srun(site):
     assert "ranks: 2 on 2 nodes (gloo)" in text and "error" not in text
     assert [path.name for path in (site / "runs").iterdir()] == []
     with socket.socket() as taken:
-        taken.bind(("", port))
+        taken.bind(("", 0))
         taken.listen()
+        options[-1] = taken.getsockname()[1]
         (site / "dit.safetensors").unlink()
         code, text = doctor(site, "--config", site / "a.toml", options=options, **allocation)
     assert code == 1
