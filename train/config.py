@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -38,6 +38,9 @@ class ModelConfig(Section):
     """As `adapter`, for the high-noise model of such a job."""
     any_base: bool = False
     """Take the adapter although it was trained on another base, task or noise expert."""
+    quantised: Literal["fp8", "int8", "nf4"] | None = None
+    """How the large weights of the frozen base are held; they are unpacked to what is computed in when their
+    block's turn comes, and the adapter on them is exact. Default: as they are computed in."""
 
     @model_validator(mode="after")
     def _one_base(self) -> ModelConfig:
@@ -249,6 +252,17 @@ class DeepSpeedConfig(Section):
     """Merged over the settings that are derived from the model."""
 
 
+class RingConfig(Section):
+    """Section `ring`: blocks of the frozen base that wait in host memory and stream to the card for their
+    turn."""
+
+    blocks: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """How many blocks of each model stream; the others stay on the card. auto: none where the model fits in
+    another way, else as many as must."""
+    slots: int = Field(2, ge=2)
+    """Places on the card for blocks that stream: one is computed with while the others fill."""
+
+
 class TrackingConfig(Section):
     """Section `tracking`: MLflow."""
 
@@ -277,7 +291,20 @@ class TrainerConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    ring: RingConfig = RingConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _frozen_base(self) -> TrainerConfig:
+        held = bool(self.model.quantised) or self.ring.blocks not in ("auto", 0)
+        if held and self.train.stage == "pretrain":
+            raise ValueError("model.quantised and ring.blocks are for a frozen base, not for stage pretrain")
+        if held and self.deepspeed.zero == 3:
+            raise ValueError(
+                "deepspeed.zero = 3 shards the base over the ranks: it goes with neither model.quantised nor "
+                "ring.blocks; leave deepspeed.zero out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _samples(self) -> TrainerConfig:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..moe_lora import WanmoeError
+from ..moe_lora.ring import BlockRing
 from ..moe_lora.wan.sequence import SequenceParallel, sequence_parallel
 from . import checkpoint, resume
 from .config import TrainerConfig
@@ -28,9 +30,10 @@ from .data.shards import ShardDataset
 from .engine import uses_bf16
 from .feed import Feed
 from .model import (
-    base_elements,
     check_shards_fit,
     file_hashes,
+    open_store,
+    plan_of,
     side_configs,
     with_accumulation,
 )
@@ -43,7 +46,6 @@ from .side import Side, check_alike, order_of_sides
 from .stages import STAGES, stage_name, total_steps
 from .tracking import Tracker, flatten
 from .watchdog import Watchdog, watch_over
-from .zero import make_plan, room
 
 
 def train(config: TrainerConfig) -> list[Path]:
@@ -133,22 +135,18 @@ class Trainer:
         ]
         dist.broadcast_object_list(hashes)
         self.watchdog.beat(0)
-        width = 2 if uses_bf16(self.config, self.device) else 4
-        elements = [base_elements(one) for one in configs.values()]
-        self.plan = make_plan(
-            self.config.deepspeed.zero,
-            [width * count for count in elements],
-            sum(elements) if self.config.train.stage == "pretrain" else 0,
-            self.world,
-            room(self.device),
-            mixed=self.config.train.stage == "pretrain" and width == 2,
-        )
-        alone = len(configs) == 1
-        sides = []
+        self.plan = plan_of(self.config, list(configs.values()), self.world, self.device)
+        self.ring = BlockRing(self.device, self.config.ring.slots)
+        dtype = torch.bfloat16 if uses_bf16(self.config, self.device) else None
+        more: dict[str, Any] = {"alone": len(configs) == 1, "say": self._say}
+        sides: list[Side] = []
         for name, one in configs.items():
+            store = open_store(one, self.plan, dtype, self.device)
             of_it = (one, name, self.plan, self.device, hashes[0][name])
-            sides.append(together(lambda of_it=of_it: Side(*of_it, alone=alone, say=self._say)))  # type: ignore[misc]
+            sides.append(together(partial(Side, *of_it, store=store, **more)))
             self.watchdog.beat(0)
+        for side in sides:
+            side.stream(self.ring)
         return sides
 
     def _share_clips(self) -> SequenceParallel | None:

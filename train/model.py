@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,20 @@ import torch
 from ..moe_lora import Adapter, RouterConfig, WanmoeError, attach, load_adapter
 from ..moe_lora.adapter import start_experts_from_base
 from ..moe_lora.adapter_file import has_router, has_time_gate, read_adapter, read_adapter_info
+from ..moe_lora.block_store import BlockStore, lay_out
 from ..moe_lora.files import file_sha256
+from ..moe_lora.formats import format_of
 from ..moe_lora.wan.config import WanConfig
 from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weight_files import weight_files
 from ..moe_lora.wan.weights import dit_hash, load_dit, open_dit, read_dit_config
 from .config import TrainerConfig
 from .data.shards import ShardIndex
+from .engine import uses_bf16
+from .node_memory import node_memory
 from .sliced import Sliced
 from .stages import STAGES, StageSpec, stage_name
+from .zero import Base, Plan, make_plan, room, spread
 
 # Keys of the adapter that may change from stage to stage.
 OF_A_STAGE = ("rank_dropout", "module_dropout", "expert_init")
@@ -44,14 +49,57 @@ def side_configs(config: TrainerConfig) -> dict[str, TrainerConfig]:
     return {"high": config.model_copy(update=high), "low": config.model_copy(update=low)}
 
 
-def base_elements(config: TrainerConfig) -> int:
-    """Elements of the base of one model, from headers alone."""
+def base_of(config: TrainerConfig, dtype: torch.dtype) -> Base:
+    """How large the base of one model is as it is held, from headers alone."""
     with torch.device("meta"):
         if config.model.dit is None:
             dit = WanDiT(WanConfig.preset(str(config.model.preset)))
         else:
             dit = WanDiT(read_dit_config(config.model.dit)[0])
-    return sum(p.numel() for p in dit.parameters())
+    total = sum(p.numel() for p in dit.parameters()) * dtype.itemsize
+    block = sum(p.numel() for p in dit.blocks[0].parameters()) * dtype.itemsize
+    rest = total - len(dit.blocks) * block
+    if config.model.quantised is None:
+        return Base(rest, block, len(dit.blocks))
+    pieces = lay_out(dit.blocks[0], lambda name: dtype, format_of(config.model.quantised))
+    return Base(rest, pieces.size, len(dit.blocks), pieces.unpacked)
+
+
+def plan_of(config: TrainerConfig, sides: Sequence[TrainerConfig], world: int, device: torch.device) -> Plan:
+    """How the models of a job, by their configs, are held on this many ranks like this one."""
+    bf16 = uses_bf16(config, device)
+    bases = [base_of(one, torch.bfloat16 if bf16 else torch.float32) for one in sides]
+    pretrain = config.train.stage == "pretrain"
+    elements = sum(base.whole for base in bases) // (2 if bf16 else 4)
+    return make_plan(
+        config.deepspeed.zero,
+        bases,
+        elements if pretrain else 0,
+        world,
+        room(device),
+        mixed=pretrain and bf16,
+        ring=config.ring.blocks,
+        slots=config.ring.slots,
+        shardable=config.model.quantised is None,
+    )
+
+
+def open_store(
+    config: TrainerConfig, plan: Plan, dtype: torch.dtype | None, device: torch.device
+) -> BlockStore | None:
+    """Where the blocks of the base go that stream or are quantised, laid out and not read yet; None where
+    they are plain parameters. A collective: the ranks of a machine share the memory."""
+    model = config.model
+    if model.dit is None or not (plan.stream or model.quantised):
+        return None
+    opened = open_dit(model.dit)
+    blocks = len(opened.dit.blocks)
+    adapter = config.adapter if model.adapter is None else read_adapter_info(model.adapter).adapter
+    streamed = spread(plan.stream, adapter.block_indices(blocks)[0], blocks)
+    resident = set(range(blocks)) - streamed
+    store = BlockStore(device, format_of(model.quantised or "bf16"), resident, node_memory)
+    store.lay_out(list(opened.dit.blocks), lambda name: dtype or opened.named[name].part(0, 1).dtype)
+    return store
 
 
 def open_shards(
@@ -78,6 +126,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     shards: Sliced | None = None,
     device: str | torch.device = "cpu",
+    store: BlockStore | None = None,
 ) -> tuple[WanDiT, Adapter | None]:
     """(frozen DiT with its adapter attached, the adapter) as a config asks for.
 
@@ -85,6 +134,7 @@ def load_model(
         dtype: of the base weights; None keeps that of the file. Adapters are fp32 all the same.
         shards: a base that is read later.
         device: where the base goes as it is read; adapters follow with the engine.
+        store: where its blocks go instead (`open_store`).
     """
     model = config.model
     if shards is not None:
@@ -93,7 +143,7 @@ def load_model(
         torch.manual_seed(config.train.seed)
         dit = WanDiT(WanConfig.preset(str(model.preset)))
     else:
-        dit = load_dit(model.dit, dtype=dtype, device=device)
+        dit = load_dit(model.dit, dtype=dtype, device=device, store=store)
     if config.train.stage == "pretrain":
         return dit, None
     check_router(config)

@@ -17,6 +17,8 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from ..moe_lora import WanmoeError, save_adapter
+from ..moe_lora.block_store import BlockStore
+from ..moe_lora.ring import BlockRing
 from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weights import save_dit
 from .config import TrainerConfig
@@ -48,6 +50,7 @@ class Side:
         name: "high", "low" or "both".
         alone: whether it is the only model of the job.
         hashes: of the files that it starts from (`model.file_hashes`).
+        store: where the blocks of its base go, if they stream or are quantised.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Side:
         *,
         alone: bool,
         say: Say,
+        store: BlockStore | None = None,
     ) -> None:
         self.name, self.plan, self.device, self.hashes = name, plan, device, dict(hashes)
         self.prefix = "" if alone else f"{name}/"
@@ -72,7 +76,8 @@ class Side:
         self.shards = open_shards(config, dtype, device, say) if plan.stage == 3 else None
         # A whole copy goes straight to the card: the ranks of a node would hold one each on the host.
         place = "cpu" if plan.park or plan.stage == 3 else device
-        self.dit, self.adapter = load_model(config, dtype, self.shards, place)
+        self.store = store
+        self.dit, self.adapter = load_model(config, dtype, self.shards, place, store)
         self.dit.checkpointing = config.train.checkpointing
         if self.adapter is not None:
             ready_adapter(config, self.spec, self.adapter)
@@ -161,6 +166,11 @@ class Side:
             self.parked = Parked(self.dit)
             self.leave()
 
+    def stream(self, ring: BlockRing) -> None:
+        """Takes the blocks of the base from the store when their turn comes; a collective."""
+        if self.store is not None:
+            self.dit.streamed = ring.add(self.store, list(self.dit.blocks), self.dit.first_adapted)
+
     def observe(self, tracker: Tracker | None, best: Mapping[str, Any] | None) -> None:
         """Gives it its curves; `best` is what its watch said when an earlier attempt was saved."""
         experts = [] if self.adapter is None else self.adapter.experts.names
@@ -205,6 +215,13 @@ class Side:
 
     def describe_loading(self) -> str | None:
         """What its ranks read of the base; a collective. None where the base was loaded whole."""
+        if self.store is not None and self.store.errors:
+            worst, error = max(self.store.errors, key=lambda one: one[1])
+            mean = sum(error for _, error in self.store.errors) / len(self.store.errors)
+            return (
+                f"base{self.label} in {self.store.format.name}: relative error of its weights {mean:.2%}, at "
+                f"most {error:.2%} ({worst})"
+            )
         loaded = None if self.shards is None else self.shards.loaded
         if loaded is None:
             return None

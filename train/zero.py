@@ -40,6 +40,26 @@ class Plan:
     """In words, for the first line of a run."""
     park: bool = False
     """Whether of two models the one that does not train in a step waits in host memory."""
+    stream: int = 0
+    """How many blocks of each model stream from host memory."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """Bytes of a frozen model, as it is held."""
+
+    rest: int
+    """What is in no block."""
+    block: int
+    """One block, all of which are alike."""
+    blocks: int
+    """How many there are."""
+    unpacked: int = 0
+    """Of the place where the weights of one block are unpacked, if they are quantised."""
+
+    @property
+    def whole(self) -> int:
+        return self.rest + self.blocks * self.block
 
 
 def local_world() -> int:
@@ -57,21 +77,27 @@ def room(device: torch.device) -> int:
 
 def make_plan(
     asked: Literal["auto"] | Stage,
-    models: Sequence[int],
+    models: Sequence[Base],
     trainable: int,
     world: int,
     memory: int,
     mixed: bool = False,
+    ring: Literal["auto"] | int = "auto",
+    slots: int = 2,
+    shardable: bool = True,
 ) -> Plan:
     """The stage of a job: as asked, or whole copies where they fit, which is several times faster than
     gathering, and shards where they do not.
 
     Args:
-        models: bytes of each model of the job; two where both noise experts train.
+        models: each model of the job; two where both noise experts train.
         trainable: parameters that train, of all models.
         world: ranks.
         memory: bytes that one rank has (`room`).
         mixed: the base itself trains, in bf16, and so needs the masters that ZeRO keeps.
+        ring: how many blocks of each model stream, as asked.
+        slots: of the ring.
+        shardable: whether ZeRO-3 can hold the base: not if it is quantised.
 
     Raises:
         WanmoeError: stage 0 is asked for where it has no masters, or nothing fits.
@@ -80,26 +106,62 @@ def make_plan(
         raise WanmoeError(
             'deepspeed.zero = 0 keeps no fp32 masters of a base that trains in bf16; set it to 1, or "auto"'
         )
+    replicated: Stage = 1 if world > 1 or mixed else 0
+    state = STATE_BYTES * trainable
+    blocks = min(model.blocks for model in models)
+    if ring != "auto" and ring > 0:
+        if ring > blocks:
+            raise WanmoeError(f"ring.blocks = {ring}: the model has {blocks} blocks")
+        return _streamed(replicated if asked == "auto" else asked, models, state, ring, slots)
     if asked != "auto":
         return Plan(asked, f"ZeRO-{asked}, as configured")
-    state = STATE_BYTES * trainable
-    whole = sum(models) + state
+    whole = on_card(models, 0, 0) + state
     told = f"{whole / 1e9:.3g} GB of weights and optimizer in {memory / 1e9:.3g} GB a rank"
-    replicated: Stage = 1 if world > 1 or mixed else 0
     if whole <= SHARE * memory:
         return Plan(replicated, f"ZeRO-{replicated}, whole copies: {told}")
     if world == 1:  # the only shard is the whole
-        if len(models) > 1 and max(models) + state <= MOST * memory:
+        largest = max(model.whole for model in models)
+        if len(models) > 1 and shardable and largest + state <= MOST * memory:
             return Plan(0, f"ZeRO-0, the idle model in host memory: {told}", park=True)
         if whole <= MOST * memory:
             return Plan(replicated, f"ZeRO-{replicated}, the one copy: {told}")
     within = f", and once more within each node of {node} ranks" if (node := node_size(world)) else ""
-    if world > 1 and whole / world + (sum(models) / node if node else 0) <= MOST * memory:
+    twice = (whole - state) / node if node else 0
+    if world > 1 and shardable and whole / world + twice <= MOST * memory:
         return Plan(3, f"ZeRO-3, shards{within}: {told}")
+    if ring == "auto" and not mixed:
+        for stream in range(1, blocks + 1):
+            if on_card(models, stream, slots) + state <= SHARE * memory:
+                return _streamed(replicated, models, state, stream, slots)
     raise WanmoeError(
         f"{told} do not fit; train on at least {max(math.ceil(whole / (SHARE * memory)), 2)} such cards "
         "(launch.ranks, or more nodes), or one model at a time"
     )
+
+
+def on_card(models: Sequence[Base], stream: int, slots: int) -> int:
+    """Bytes of models on a card of which so many blocks each stream through `slots` that they share."""
+    stays = sum(model.rest + (model.blocks - stream) * model.block for model in models)
+    passing = slots * max(model.block for model in models) if stream else 0
+    return stays + passing + max(model.unpacked for model in models)
+
+
+def _streamed(stage: Stage, models: Sequence[Base], state: int, stream: int, slots: int) -> Plan:
+    waits = sum(stream * model.block for model in models)
+    why = (
+        f"ZeRO-{stage}, {stream} of {models[0].blocks} blocks stream from {waits / 1e9:.3g} GB of host "
+        f"memory a machine: {(on_card(models, stream, slots) + state) / 1e9:.3g} GB of weights and optimizer a card"
+    )
+    return Plan(stage, why, stream=stream)
+
+
+def spread(stream: int, first_adapted: int, blocks: int) -> frozenset[int]:
+    """Which blocks stream: far apart, so that one has the time of several to arrive, and those of the prefix
+    before those of the tail, which would come twice a step."""
+    prefix = min(stream, first_adapted)
+    tail = stream - prefix
+    chosen = {i * first_adapted // prefix for i in range(prefix)}
+    return frozenset(chosen | {first_adapted + i * (blocks - first_adapted) // tail for i in range(tail)})
 
 
 def node_size(world: int, local: int | None = None) -> int | None:

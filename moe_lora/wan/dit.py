@@ -6,10 +6,11 @@ the clips, those of this rank), Lc text tokens, Li image tokens, D width, P rota
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ...kernels.attention import attention
 from ...kernels.norms import adaln, wide
 from ..errors import WanmoeError
+from ..ring import StreamedBlocks, Visit
 from ..routing import Gates
 from .block import WanBlock, WideLinear
 from .config import WanConfig
@@ -147,6 +149,7 @@ class WanDiT(nn.Module):
         self.prefix_adapted: bool = False
         self.checkpointing: bool = False
         self.sequence: SequenceParallel | None = None
+        self.streamed: StreamedBlocks | None = None
         self.patch_embedding = PatchEmbedding(
             config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size
         )
@@ -347,12 +350,21 @@ class WanDiT(nn.Module):
         attend = attention if split is None else split.attend
         state_args = (state.e0, state.context, state.cos, state.sin, gates, context_gates, state.image)
         for i in indices:
-            args = (x, *state_args, attend)
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self.blocks[i], *args, use_reentrant=False)
-            else:
-                x = self.blocks[i](*args)
+            x = self._run_block(i, (x, *state_args, attend))
         return x
+
+    def _run_block(self, i: int, args: tuple[Any, ...]) -> Tensor:
+        block, streamed, graph = self.blocks[i], self.streamed, torch.is_grad_enabled()
+        if self.checkpointing and graph:
+            if streamed is None:
+                return cast("Tensor", checkpoint(block, *args, use_reentrant=False))
+            both = Visit(streamed, i, turns=True), Visit(streamed, i, back=True)
+            return cast("Tensor", checkpoint(block, *args, use_reentrant=False, context_fn=lambda: both))
+        if streamed is None:
+            return cast("Tensor", block(*args))
+        streamed.visit(i, turns=graph)
+        with streamed.saving(i) if graph else contextlib.nullcontext():
+            return cast("Tensor", block(*args))
 
     def _unpatchify(self, x: Tensor, state: PrefixState) -> Tensor:
         p, q, r = self.config.patch_size

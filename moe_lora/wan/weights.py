@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,7 @@ from .dit import WanDiT
 from .weight_files import StoredTensor, Weights, WeightsError, check_tensors, open_weights, weight_files
 
 if TYPE_CHECKING:
+    from ..block_store import BlockStore
     from ..lora_merge import LoRAMerge, LoRASpec
 
 __all__ = [
@@ -119,27 +121,36 @@ def load_dit(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     loras: Sequence[LoRASpec] = (),
+    store: BlockStore | None = None,
 ) -> WanDiT:
     """A frozen WanDiT from a file, a folder of shards, an index or a state dict.
 
     Names may be original, diffusers' or ComfyUI's. Without `config` the sizes are read from the tensors, and
     what those do not show (heads, text length, task) from the file's metadata or the `config.json` beside it;
     heads are dim / 128 if neither says. `dtype=None` keeps the stored dtype. Tensors are read one at a time,
-    so no second copy of the model is held; `loras` are merged into them on the way. Raises WeightsError that
-    names the file and lists the keys at fault, WanmoeError for a LoRA that does not fit.
+    so no second copy of the model is held; `loras` are merged into them on the way. The blocks go to `store`,
+    if it is given, and the rest to `device`. Raises WeightsError that names the file and lists the keys at
+    fault, WanmoeError for a LoRA that does not fit.
     """
     dit, named, label, _ = open_dit(source, config)
     expected = {name: tuple(p.shape) for name, p in dit.state_dict().items()}
     merge = _merge(loras, expected) if loras else None
-    for name in expected:
+    if store is not None and not len(store):
+        store.lay_out(list(dit.blocks), lambda name: dtype or named[name].part(0, 1).dtype)
+
+    def read(name: str) -> Tensor:
         tensor = named[name].read()
         check_computable(name, tensor, dtype, label)
-        if merge is not None:
-            tensor = merge.apply(name, tensor.to(device), dtype)
-        # A copy even where nothing changes: a mapped file may be replaced under a running job.
-        tensor = tensor.to(device=device, dtype=dtype, copy=True)
+        return tensor if merge is None else merge.apply(name, tensor.to(device), dtype)
+
+    for name in expected:
+        parameter = None if store is None else store.put(name, partial(read, name))
+        if parameter is None:
+            # A copy even where nothing changes: a mapped file may be replaced under a running job.
+            tensor = read(name).to(device=device, dtype=dtype, copy=True)
+            parameter = torch.nn.Parameter(tensor, requires_grad=False)
         module, _, leaf = name.rpartition(".")
-        setattr(dit.get_submodule(module), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+        setattr(dit.get_submodule(module), leaf, parameter)
     return dit.eval()
 
 
