@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ..moe_lora.errors import WanmoeError
+from ..moe_lora.errors import CommonError, WanmoeError
 from .bench import app as bench_app
 from .clips import clips
 from .convert import convert, inspect
@@ -145,8 +145,10 @@ def main() -> None:
         sys.argv[1:] = [dashed(word) for word in sys.argv[1:]]
         app()
     except WanmoeError as error:
-        rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
-        sys.stderr.write(f"wanmoe: error{rank}: {error}\n")
+        if not (isinstance(error, CommonError) and os.environ.get("LOCAL_RANK", "0") != "0"):
+            # A progress bar may stand in the line of a rank.
+            line, rank = ("\n", f" [rank {os.environ['RANK']}]") if "RANK" in os.environ else ("", "")
+            sys.stderr.write(f"{line}wanmoe: error{rank}: {error}\n")
         sys.exit(error.exit_code)
 
 

@@ -47,7 +47,9 @@ def examine(launch: LaunchConfig, config: Config | None, fake: str | None) -> in
         hosts = slurm.hosts_of(launch)
     else:
         hosts = hosts_of(launch) or {socket.gethostname(): local_ranks(launch)}
-    typer.echo(f"hosts: {', '.join(f'{host} ({count} ranks)' for host, count in hosts.items())}")
+    if shape is None:
+        counts = (f"{host} ({count} {'rank' if count == 1 else 'ranks'})" for host, count in hosts.items())
+        typer.echo(f"hosts: {', '.join(counts)}")
     told, findings = ask(hosts, launch, config)
     for host, facts in told.items():
         typer.echo(f"{host}: {_describe(facts)}")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import socket
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..moe_lora import WanmoeError
@@ -46,6 +51,25 @@ def read_hostfile(path: Path) -> dict[str, int]:
 def is_here(host: str) -> bool:
     """Whether a host of a hostfile is this machine."""
     return host in ("localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn())
+
+
+def check_reachable(hosts: Sequence[str]) -> None:
+    """Raises WanmoeError, naming all that do not, unless ssh reaches every host without a password."""
+    words = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20"]
+    words += shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))  # a port, a key
+
+    def ask(host: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*words, host, "true"], capture_output=True, text=True)
+
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        done = list(pool.map(ask, hosts))
+    faults = [
+        f"{host} does not answer ({(one.stderr.strip().splitlines() or ['no word'])[-1]})"
+        for host, one in zip(hosts, done, strict=True)
+        if one.returncode
+    ]
+    if faults:
+        raise WanmoeError(f"{'; '.join(faults)}; `wanmoe launch doctor` looks at the hosts more closely")
 
 
 def hosts_of(config: LaunchConfig) -> dict[str, int]:

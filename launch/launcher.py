@@ -22,7 +22,7 @@ from ..moe_lora import WanmoeError
 from ..train.watchdog import TRY_AGAIN
 from . import slurm
 from .config import LaunchConfig
-from .hosts import hosts_of, is_here
+from .hosts import check_reachable, hosts_of, is_here
 
 # Ctrl-C, a scheduler's end and its warning, a terminal that is gone: all of them mean to save and end.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -48,11 +48,18 @@ def launch(config: LaunchConfig, arguments: Sequence[str]) -> int:
         if not lost or told_to_stop or not left:
             break
         sys.stderr.write(
-            f"wanmoe: the job lost a rank (exit code {code}); it starts again, "
-            f"{left - 1} more {'time' if left == 2 else 'times'} if need be\n"
+            f"wanmoe: the job lost a rank ({_cause(code)}); it starts again, restart "
+            f"{config.restarts - left + 1} of {config.restarts}\n"
         )
     # Of a rank that was killed DeepSpeed's launcher tells the signal, as 247 or -9.
     return TRY_AGAIN if lost and not told_to_stop else code
+
+
+def _cause(code: int) -> str:
+    """An exit code in words: of a rank that a signal ended, shells tell 137 and DeepSpeed 247 or -9."""
+    number = -code if code < 0 else 256 - code if code > 192 else code - 128 if code > 128 else 0
+    killed = number in signal.valid_signals()
+    return f"killed by {signal.Signals(number).name}" if killed else f"exit code {code}"
 
 
 def _at_next_port(config: LaunchConfig, attempt: int) -> LaunchConfig:
@@ -91,6 +98,7 @@ def _run(config: LaunchConfig, arguments: Sequence[str]) -> tuple[int, bool]:
     heard = [n for n in STOPS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in heard}
     try:
+        sys.stderr.write(f"wanmoe: starting {_number_of_ranks(config)}\n")
         job = start(config, arguments)
         if told_to_stop:
             forward(signal.SIGTERM, None)
@@ -102,6 +110,10 @@ def _run(config: LaunchConfig, arguments: Sequence[str]) -> tuple[int, bool]:
                 rank.send_signal(signal.SIGTERM)
             psutil.wait_procs(left)
             code = TRY_AGAIN
+        if told_to_stop and _cause(code) == "killed by SIGTERM":
+            # It comes before or after their work: in between they hear it, save and end by themselves.
+            sys.stderr.write("wanmoe: stopped while no rank was at work\n")
+            code = 0
         return code, told_to_stop
     finally:
         for number, handler in before.items():
@@ -114,10 +126,19 @@ def start(
     """Starts ranks that run a module; in a session of their own.
 
     Raises:
-        WanmoeError: a launcher that the config asks for is not there.
+        WanmoeError: a launcher that the config asks for is not there, or a host does not answer.
     """
     words, env = command(config, arguments, module), environment(config)
+    if over_pdsh(config):
+        check_reachable([host for host in hosts_of(config) if not is_here(host)])
     return subprocess.Popen(words, env=env, start_new_session=True, **pipes)
+
+
+def _number_of_ranks(config: LaunchConfig) -> str:
+    hosts = slurm.hosts_of(config) if config.slurm else hosts_of(config)
+    count = local_ranks(config) if config.no_ssh or not hosts else sum(hosts.values())
+    where = f" on {len(hosts)} hosts" if len(hosts) > 1 and not config.no_ssh else ""
+    return f"{count} {'rank' if count == 1 else 'ranks'}{where}"
 
 
 def over_pdsh(config: LaunchConfig) -> bool:

@@ -38,8 +38,8 @@ def main() -> None:
         # Of a ring: each rank sends and receives 2 (n - 1) / n of it.
         rate = 2 * (world - 1) / world * numbers.nbytes / seconds / 1e9
         sys.stdout.write(
-            f"ranks: {world} on {nodes} nodes ({dist.get_backend()}), {MEGABYTES} MB added up in "
-            f"{seconds * 1e3:.0f} ms, {rate:.2f} GB/s a rank\n"
+            f"ranks: {world} on {nodes} {'node' if nodes == 1 else 'nodes'} ({dist.get_backend()}), "
+            f"{MEGABYTES} MB added up in {seconds * 1e3:.0f} ms, {rate:.2f} GB/s a rank\n"
         )
         sys.stdout.flush()
     dist.barrier()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import typer
 
 from . import slurm
 from .config import load_config
-from .launcher import launch, under_launcher
+from .launcher import STOPS, launch, under_launcher
 
 
 def start(path: Path, overrides: Sequence[str], machine: str | None) -> None:
@@ -27,7 +28,13 @@ def start(path: Path, overrides: Sequence[str], machine: str | None) -> None:
         os.environ.setdefault("WDS_SECURE", "1")
         from ..train.loop import train
 
-        train(config)
+        try:
+            train(config)
+        finally:
+            # All is written; the end of the interpreter takes seconds, in which a signal would make it a
+            # failure.
+            for number in STOPS:
+                signal.signal(number, signal.SIG_IGN)
         return
     from .preflight import preflight
 

@@ -5,3 +5,7 @@ class WanmoeError(Exception):
     """A fault in what the user gave: names the file, the value and the way out, in one line."""
 
     exit_code = 2
+
+
+class CommonError(WanmoeError):
+    """A fault that every rank of a job raises in the same words: one of each machine says it."""

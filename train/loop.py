@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..moe_lora import WanmoeError
+from ..moe_lora.errors import CommonError
 from ..moe_lora.ring import BlockRing
 from ..moe_lora.wan.sequence import SequenceParallel, sequence_parallel
 from . import checkpoint, resume
@@ -102,7 +103,7 @@ class Trainer:
         agree(self._identity())
         if state is not None:
             names = [side.prefix + name for side in self.sides for name in side.trainable]
-            resume.check(self.run, state, trainer, self._identity(), names)
+            together(lambda: resume.check(self.run, state, trainer, self._identity(), names))
         self._say(self._start_line())
         for index, side in enumerate(self.sides):
             side.start(
@@ -405,7 +406,7 @@ class Trainer:
             self.bad_steps = 0
             self._save(last=True)  # what was learned before these steps is good
             together(self.saver.wait)
-            raise WanmoeError(
+            raise CommonError(
                 f"{self.config.train.max_bad_steps} steps in a row were skipped, at last because {cause} "
                 f"(samples: {named}); lower optimizer.lr or check the shards with `wanmoe data verify`"
             )

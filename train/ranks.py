@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..moe_lora import WanmoeError
+from ..moe_lora.errors import CommonError
 
 # Below this a NaN on one rank poisons bf16 ZeRO-3, and below 0.19.3 checkpointing fails with frozen
 # parameters.
@@ -60,6 +61,11 @@ def init_distributed(
         torch.cuda.set_device(0 if alone else int(os.environ["LOCAL_RANK"]))
     if backend == "gloo":
         _compile_collectives()
+    rank, world, local = (os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_SIZE"))
+    if os.environ["LOCAL_RANK"] == "0" and "0" != local != world:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+        minutes = timeout.total_seconds() / 60
+        sys.stderr.write(f"rank {rank} waits for all {world} at {where}, up to {minutes:g} minutes\n")
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     if backend == "gloo":
         _drop_shared_buffer(dist.get_rank())
@@ -123,7 +129,8 @@ def _drop_shared_buffer(rank: int) -> None:
 
 
 def together(action: Callable[[], Result]) -> Result:
-    """Does `action` on every rank; where it raises WanmoeError on any, all raise, and none waits."""
+    """Does `action` on every rank; where it raises WanmoeError on any, all raise CommonError, and none
+    waits."""
     result, fault = None, None
     try:
         result = action()
@@ -133,12 +140,12 @@ def together(action: Callable[[], Result]) -> Result:
     dist.all_gather_object(faults, fault)
     for rank, text in enumerate(faults):
         if text is not None:
-            raise WanmoeError(text if all(one == text for one in faults) else f"on rank {rank}: {text}")
+            raise CommonError(text if all(one == text for one in faults) else f"on rank {rank}: {text}")
     return cast("Result", result)
 
 
 def agree(what: Mapping[str, Any]) -> None:
-    """Raises on every rank, naming the values, unless all ranks hold the same `what`."""
+    """Raises CommonError on every rank, naming the values, unless all ranks hold the same `what`."""
     everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, dict(what))
     for key in what:
@@ -146,7 +153,7 @@ def agree(what: Mapping[str, Any]) -> None:
         other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
         if other is not None:
             shown = ", ".join(f"rank {rank}: {str(values[rank])[:80]}" for rank in (0, other))
-            raise WanmoeError(
+            raise CommonError(
                 f"the ranks disagree on {key} ({shown}); nodes must share the run folder, the shards and "
                 "the weights"
             )

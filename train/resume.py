@@ -37,7 +37,10 @@ LEARNING: dict[str, Any] = {
 }
 # Told by their contents (`model.file_hashes`): a folder may move.
 PLACES = {"classifier", "vae", "lpips"}
-CHOOSE = "choose another train.run or set train.resume = false"
+CHOOSE = (
+    "choose another train.run, or set train.resume = false to start afresh there (the earlier states are "
+    "kept aside)"
+)
 
 
 def find(
@@ -116,10 +119,9 @@ def check(
     """Raises WanmoeError unless a state belongs to this run: same identity, same parameters."""
     for key, value in own.items():
         if trainer.get(key) != value:
-            raise WanmoeError(
-                f"{run}/resume: belongs to another run ({key} was {trainer.get(key)!r}, is {value!r}); "
-                f"{CHOOSE}"
-            )
+            named = f"train.{key}" if key in ("stage", "seed", "steps") else key
+            was, now = ("not set" if one is None else repr(one) for one in (trainer.get(key), value))
+            raise WanmoeError(f"{run}/resume: belongs to another run ({named} was {was}, is {now}); {CHOOSE}")
     kinds = ("param/", "exp_avg/", "exp_avg_sq/")
     found = {name.replace(kind, "", 1) for name in state for kind in kinds if kind in name}
     other = sorted(found ^ set(trainable))

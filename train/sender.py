@@ -109,7 +109,8 @@ class Sender:
             if self._away_since is None:
                 self._away_since = time.monotonic()
                 why = reason(caught.error)
-                self._tell(f"{why}; the run goes on, what it logs waits in {self.spool.folder}")
+                if self._thread.is_alive():  # else the caller is told
+                    self._tell(f"{why}; the run goes on, what it logs waits in {self.spool.folder}")
             return 0, caught.error
         if self._away_since is not None:
             gone = time.monotonic() - self._away_since

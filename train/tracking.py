@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import secrets
+import shlex
 import sys
 import threading
 import time
@@ -190,7 +191,7 @@ class Tracker:
             self._say(
                 f"MLflow at {sender.store.name} lacks {left} operations of this run, kept in "
                 f"{sender.spool.folder}; the run's next start sends them, or "
-                f"`wanmoe track-sync --run {self._run}`"
+                f"`wanmoe track-sync --run {shlex.quote(str(self._run))}`"
             )
 
     def _write_down(self) -> None:

@@ -9,6 +9,7 @@ holds `ranks/lock` for as long as the job lives.
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import json
 import os
@@ -378,9 +379,8 @@ def _at_work(folder: Path, sign: Sign) -> WanmoeError:
 
 
 def _unwritable(folder: Path, error: OSError) -> WanmoeError:
-    return WanmoeError(
-        f"{folder}: could not be written ({error.strerror}); make room there or choose another train.run"
-    )
+    room = "make room there or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return WanmoeError(f"{folder}: could not be written ({error.strerror}); {room}choose another train.run")
 
 
 def _silent(sign: Sign) -> int:
@@ -397,6 +397,6 @@ def _waits(at: str) -> bool:
 def _end(told: str) -> None:
     """Ends the process at once: its main thread hangs in a collective that will never return."""
     rank = os.environ.get("RANK", "?")
-    sys.stderr.write(f"wanmoe: error [rank {rank}]: {told}; the same command goes on from the last save\n")
+    sys.stderr.write(f"\nwanmoe: error [rank {rank}]: {told}; the same command goes on from the last save\n")
     sys.stderr.flush()
     os._exit(TRY_AGAIN)

@@ -147,10 +147,10 @@ def on_card(models: Sequence[Base], stream: int, slots: int) -> int:
 
 
 def _streamed(stage: Stage, models: Sequence[Base], state: int, stream: int, slots: int) -> Plan:
-    waits = sum(stream * model.block for model in models)
+    waits, here = sum(stream * model.block for model in models), on_card(models, stream, slots) + state
     why = (
-        f"ZeRO-{stage}, {stream} of {models[0].blocks} blocks stream from {waits / 1e9:.3g} GB of host "
-        f"memory a machine: {(on_card(models, stream, slots) + state) / 1e9:.3g} GB of weights and optimizer a card"
+        f"ZeRO-{stage}, {stream} of {models[0].blocks} blocks stream from {waits / 1e9:.3g} GB of the host; "
+        f"{here / 1e9:.3g} GB of weights and optimizer on a card"
     )
     return Plan(stage, why, stream=stream)
 

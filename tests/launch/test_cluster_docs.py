@@ -49,7 +49,7 @@ def test_there_are_commands_of_every_kind():
 def test_the_table_of_machines_is_what_training_would_do(monkeypatch):
     (table,) = re.findall(r"^\| machine \|.*?\n\n", PAGE, re.MULTILINE | re.DOTALL)
     model = meta_model(WanConfig.preset("t2v-A14B"), AdapterConfig(), _stage_b())
-    whole, trainable = 2 * model.base, model.trains
+    base, trainable = zero.Base(2 * model.base, 0, 40), model.trains
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.strip().splitlines()[2:]]
     assert len(rows) == 5
     for machine, *cells in rows:
@@ -58,7 +58,7 @@ def test_the_table_of_machines_is_what_training_would_do(monkeypatch):
         world = nodes * local
         monkeypatch.setenv("LOCAL_SIZE", str(local))
         for models, cell in enumerate(cells, 1):
-            plan = zero.make_plan("auto", [whole] * models, trainable * models, world, memory * 10**9)
+            plan = zero.make_plan("auto", [base] * models, trainable * models, world, memory * 10**9)
             assert ("in host memory" in cell) == plan.park
             assert ("shards" in cell) == (plan.stage == 3)
             assert ("ZeRO-1" in cell) == (plan.stage == 1)

@@ -36,7 +36,9 @@ def test_only_a_job_that_lost_a_rank_is_started_again(monkeypatch, capsys, ends,
     assert left == []
     told = capsys.readouterr().err.splitlines()
     assert len(told) == starts - 1
-    assert all("the job lost a rank (exit code" in line for line in told)
+    for number, line in enumerate(told, 1):
+        assert "the job lost a rank (killed by SIGKILL)" in line or f"(exit code {TRY_AGAIN})" in line
+        assert line.endswith(f"restart {number} of {restarts}")
 
 
 @pytest.fixture

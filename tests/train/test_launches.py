@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 
+import psutil
 import pytest
 import tomli_w
 import torch
@@ -154,7 +155,7 @@ def test_a_job_that_lost_a_rank_starts_again_and_loses_nothing(straight, tmp_pat
     rank.kill()
     code, text = ended(job)
     assert code == 0, text[-4000:]
-    assert "the job lost a rank (exit code" in text and f"resuming {tmp_path / 'run'} at step" in text
+    assert "the job lost a rank (" in text and f"resuming {tmp_path / 'run'} at step" in text
     _, expected, adapter = straight
     assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-5)
     found = read_adapter(tmp_path / "run" / "adapter.safetensors")[1]
@@ -203,6 +204,51 @@ def stopped(job, run, straight, number):
     assert done == pytest.approx({step: straight[1][step] for step in done}, abs=1e-5)
     assert (run / "adapter.safetensors").exists()
     return said
+
+
+@pytest.mark.parametrize("moment", ["launcher", "ranks"])
+def test_what_is_stopped_before_it_works_is_no_failure(straight, tmp_path, moment):
+    job = launch(straight[0], tmp_path / "run", "--ranks", 2)
+    until(job, "wanmoe: starting 2 ranks")
+    while moment == "ranks" and len(local_rank_processes(job.pid)) < 2:
+        assert job.poll() is None
+    job.send_signal(signal.SIGTERM)
+    code, text = ended(job)
+    assert code == 0 and "stopped while no rank was at work" in text, text[-4000:]
+    assert not (tmp_path / "run" / "adapter.safetensors").exists()
+
+
+def test_what_is_stopped_when_its_work_is_done_is_no_failure(straight, tmp_path):
+    tree = straight[0] | {"train": straight[0]["train"] | {"steps": 5}}
+    job = launch(tree, tmp_path / "run", "--ranks", 2)
+    until(job, "step 5: wrote")
+    rank = local_rank_processes(job.pid)[0]
+    ends = False
+    while not ends:
+        job.send_signal(signal.SIGTERM)
+        ends = not psutil.wait_procs([rank], timeout=0.5)[1]
+    code, text = ended(job)
+    assert code == 0 and (tmp_path / "run" / "adapter.safetensors").exists(), text[-4000:]
+
+
+def test_a_fault_that_all_ranks_share_is_said_once(straight, tmp_path):
+    ended(launch(straight[0], tmp_path / "run", "--ranks", 2))
+    job = launch(straight[0], tmp_path / "run", "--ranks", 2, "train", "--optimizer.weight_decay", 0.5)
+    code, text = ended(job)
+    assert code == 2 and text.count("wanmoe: error") == 1, text[-4000:]
+    assert "(optimizer.weight_decay was 0.01, is 0.5)" in text
+
+
+def test_hosts_that_do_not_answer_are_all_named_before_anything_starts(straight, path, tmp_path):
+    (tmp_path / "bin" / "ssh").write_text(
+        '#!/bin/sh\ncase "$*" in *node-b*) exit 0;; esac\necho no route >&2\nexit 255\n'
+    )
+    (tmp_path / "hosts").write_text("node-a slots=1\nnode-b slots=1\nnode-c slots=1\n")
+    code, text = ended(launch(straight[0], tmp_path / "run", "--hostfile", tmp_path / "hosts"))
+    assert code == 2 and "Traceback" not in text
+    assert (
+        "node-a does not answer (no route); node-c does not answer (no route); `wanmoe launch doctor`" in text
+    )
 
 
 def test_two_hosts_by_pdsh_get_every_word_and_stop_together(straight, path, tmp_path):

@@ -239,7 +239,7 @@ def test_fifty_kills_at_random_moments(ranks, shards, base, tmp_path):
     (run / "resume" / ".tmp-0123").mkdir()
     tree["train"]["steps"] = before + 2
     changed = json.loads(json.dumps(tree))
-    assert "belongs to another run (steps was 1000000" in ranks.fail(changed, 1)
+    assert "belongs to another run (train.steps was 1000000" in ranks.fail(changed, 1)
     assert not list((run / "resume").glob(".tmp-*"))  # the next start has cleared them away
 
 

@@ -1,5 +1,7 @@
 """The stage that a job runs under, and settings derived from the model (traps B2, B8, B15)."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from wanmoe.moe_lora import AdapterConfig, WanmoeError, attach
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
 from wanmoe.moe_lora.wan.weights import load_dit
-from wanmoe.train.zero import deepspeed_config, make_plan
+from wanmoe.train.zero import SHARE, Base, deepspeed_config, make_plan, on_card, spread
 
 
 def test_settings_on_a14b_keep_adapters_resident_and_prefetch_one_block(config):
@@ -55,7 +57,8 @@ def test_on_several_nodes_frozen_shards_are_kept_within_each(monkeypatch, config
 
 
 GB = 10**9
-BASE = 28_577_000_000  # bytes of one A14B model in bf16
+BLOCK = 702_788_608
+BASE = Base(28_577_000_000 - 40 * BLOCK, BLOCK, 40)  # bytes of one A14B model in bf16
 
 
 @pytest.mark.parametrize(
@@ -85,11 +88,47 @@ def test_whole_copies_where_they_fit_and_shards_where_they_do_not(models, world,
 )
 def test_what_does_not_fit_is_refused_with_the_number_of_cards_that_do(models, world, memory, cards):
     with pytest.raises(WanmoeError, match=f"GB a rank do not fit; train on at least {cards} such cards"):
-        make_plan("auto", models, 0, world, memory)
-    assert make_plan("auto", models, 0, cards, memory).stage == 3
+        make_plan("auto", models, 0, world, memory, ring=0)
+    assert make_plan("auto", models, 0, cards, memory, ring=0).stage == 3
+
+
+@pytest.mark.parametrize(
+    ("models", "world", "memory", "stream"),
+    [([BASE], 1, 24 * GB, 23), ([BASE, BASE], 1, 24 * GB, 32), ([BASE, BASE], 2, 24 * GB, 32)],
+)
+def test_blocks_stream_where_nothing_else_fits_and_no_more_than_must(models, world, memory, stream):
+    plan = make_plan("auto", models, 0, world, memory)
+    assert (plan.stage, plan.stream, plan.park) == (min(world - 1, 1), stream, False)
+    assert f"{stream} of 40 blocks stream from" in plan.why
+    assert on_card(models, stream, 2) <= SHARE * memory < on_card(models, stream - 1, 2)
+    assert make_plan("auto", models, 0, 4, 80 * GB, ring=5).stream == 5
+    with pytest.raises(WanmoeError, match="ring.blocks = 41: the model has 40 blocks"):
+        make_plan("auto", models, 0, world, memory, ring=41)
+
+
+def test_a_quantised_base_is_never_sharded():
+    small = Base(BASE.rest, BLOCK // 2, 40, unpacked=BLOCK)
+    assert make_plan("auto", [small], 0, 8, 40 * GB, shardable=False) == make_plan(
+        "auto", [small], 0, 8, 40 * GB, ring=0, shardable=False
+    )
+    assert make_plan("auto", [small, small], 0, 8, 24 * GB, shardable=False).stream == 23
+    with pytest.raises(WanmoeError, match="do not fit"):
+        make_plan("auto", [small, small], 0, 8, 24 * GB, ring=0, shardable=False)
+
+
+@pytest.mark.parametrize("first", [0, 1, 20, 32, 40])
+def test_streamed_blocks_lie_far_apart_and_those_of_the_prefix_come_first(first):
+    for stream in range(41):
+        chosen = spread(stream, first, 40)
+        assert len(chosen) == stream and chosen <= set(range(40))
+        prefix = sorted(i for i in chosen if i < first)
+        assert len(prefix) == min(stream, first)
+        gaps = [later - sooner for sooner, later in itertools.pairwise(prefix)]
+        assert not gaps or max(gaps) - min(gaps) <= 1
 
 
 def test_a_base_that_trains_in_bf16_gets_masters():
-    assert make_plan("auto", [GB], 10**8, 1, 80 * GB, mixed=True).stage == 1
+    model = Base(GB // 2, GB // 80, 40)
+    assert make_plan("auto", [model], 10**8, 1, 80 * GB, mixed=True).stage == 1
     with pytest.raises(WanmoeError, match="keeps no fp32 masters .* set it to 1"):
-        make_plan(0, [GB], 10**8, 1, 80 * GB, mixed=True)
+        make_plan(0, [model], 10**8, 1, 80 * GB, mixed=True)
