@@ -153,6 +153,9 @@ class BlockRing:
         if streamed and (not self._slots or max(streamed) > self._slots[0].flat.nbytes):
             self._empty()
             self._slots = [_Slot(max(streamed), self.device) for _ in range(self._count)]
+            for slot in self._slots:
+                # Their memory may be that of tensors which computation still reads.
+                slot.free = self.copies.mark()
         if store.unpacked and (self._work is None or store.unpacked > self._work.nbytes):
             self._leave()
             self._work = torch.empty(store.unpacked, dtype=torch.uint8, device=self.device)

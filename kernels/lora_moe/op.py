@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ..dry_run import on_card
 from . import autograd  # noqa: F401  registers the ops
 from .reference import lora_moe_linear_reference
 from .weights import LoRAMoEWeights
@@ -139,7 +140,7 @@ def _backend(asked: str, x: Tensor) -> str:
                 "before Python starts, runs it in Triton's interpreter; backend='packed' runs anywhere"
             )
         return asked
-    return "triton" if x.is_cuda and _HAS_TRITON else "packed"
+    return "triton" if on_card(x) and _HAS_TRITON else "packed"
 
 
 def _check(

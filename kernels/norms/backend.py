@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda_library
+from ..dry_run import is_dry, on_card
 
 __all__ = [
     "check_clip_vector",
@@ -60,8 +61,8 @@ def chosen(backend: str, x: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; choose from {', '.join(BACKENDS)}")
     if backend == "auto":
-        fits = x.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= MAX_WIDTH
-        return "fused" if fits and _library_is_ready() else "reference"
+        fits = on_card(x) and x.dtype != torch.float64 and x.shape[-1] <= MAX_WIDTH
+        return "fused" if fits and (is_dry() or _library_is_ready()) else "reference"
     if backend == "fused" and x.is_cuda and (x.dtype == torch.float64 or x.shape[-1] > MAX_WIDTH):
         raise ValueError(
             f"x is {x.dtype} with D = {x.shape[-1]}; the CUDA kernels take float32, float16 and bfloat16 "
