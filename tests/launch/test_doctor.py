@@ -77,7 +77,7 @@ def test_two_sound_hosts_meet(site):
         site, "--config", site / "a.toml", "--fake", "2x1", options=options, UCX_TLS="tcp", PYTHONHASHSEED="0"
     )
     assert code == 0, text
-    assert "hosts: node-a (1 ranks), node-b (1 ranks)" in text
+    assert "hosts: node-a (1 rank), node-b (1 rank)" in text
     assert "error" not in text and "differs" not in text
     assert "ranks: 2 on 2 nodes (gloo), 64 MB added up in" in text
     assert text.endswith("all ranks found each other; nothing is wrong\n")
@@ -129,7 +129,7 @@ def test_this_machine_alone_is_asked_without_ssh(site):
     plant(site, socket.gethostname(), exit="not by ssh")
     code, text = doctor(site, options=["--ranks", 2])
     assert code == 0, text
-    assert "ranks: 2 on 1 nodes (gloo)" in text
+    assert "ranks: 2 on 1 node (gloo)" in text
 
 
 def test_ranks_that_cannot_meet_are_told_with_what_they_said(site, tmp_path):
@@ -188,7 +188,7 @@ def test_an_allocation_is_asked_by_srun(site):
     options = ["--slurm", "--ranks", 1, "--master-addr", "127.0.0.1", "--master-port", port]
     code, text = doctor(site, "--config", site / "a.toml", options=options, **allocation)
     assert code == 0, text
-    assert "hosts: node-0 (1 ranks), node-1 (1 ranks)" in text
+    assert "hosts: node-0 (1 rank), node-1 (1 rank)" in text
     assert "ranks: 2 on 2 nodes (gloo)" in text and "error" not in text
     assert [path.name for path in (site / "runs").iterdir()] == []
     with socket.socket() as taken:
