@@ -6,6 +6,7 @@ import importlib.util
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import WanmoeError
@@ -97,24 +98,30 @@ class NF4:
     def pack(self, weight: Tensor, flat: Tensor) -> None:
         from bitsandbytes.functional import quantize_nf4
 
-        packed, state = quantize_nf4(weight.contiguous(), blocksize=self.block)
         values, scales = self._parts(flat, weight.shape)
-        values[: packed.numel()].copy_(packed.flatten())
+        rest = scales.numel() * self.block - weight.numel()
+        packed, state = quantize_nf4(F.pad(weight.flatten(), (0, rest)), blocksize=self.block)
+        values.copy_(packed.flatten())
         scales.copy_(state.absmax)
 
     def unpack(self, flat: Tensor, out: Tensor) -> None:
         from bitsandbytes.functional import QuantState, dequantize_nf4, get_4bit_type
 
         values, scales = self._parts(flat, out.shape)
+        # Whole blocks: on the CPU bitsandbytes 0.50 begins a new one at each row, here and not when it packs.
+        shape = torch.Size((scales.numel(), self.block))
         state = QuantState(
             absmax=scales,
-            shape=out.shape,
+            shape=shape,
             dtype=out.dtype,
             blocksize=self.block,
             quant_type="nf4",
             code=get_4bit_type("nf4", device=out.device),
         )
-        dequantize_nf4(values[: -(-out.numel() // 2), None], state, out=out)
+        if out.is_cuda and out.numel() == shape.numel():
+            dequantize_nf4(values[:, None], state, out=out.view(shape))
+        else:  # it writes into a given tensor on a card alone
+            out.copy_(dequantize_nf4(values[:, None], state).flatten()[: out.numel()].view_as(out))
 
     def _parts(self, flat: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
         blocks = -(-shape.numel() // self.block)
@@ -134,5 +141,5 @@ def format_of(name: str) -> Format:
     if name not in FORMATS:
         raise WanmoeError(f"unknown format {name!r} of the base; known are {', '.join(FORMATS)}")
     if name == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
-        raise WanmoeError("the format nf4 takes bitsandbytes; run: pip install 'bitsandbytes>=0.49'")
+        raise WanmoeError("the format nf4 takes bitsandbytes; run: pip install 'wanmoe[nf4]'")
     return FORMATS[name]
