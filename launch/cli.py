@@ -21,6 +21,7 @@ from .generate import generate
 from .judges import train_classifier, train_detector
 from .launch_command import app as launch_app
 from .options import Size
+from .plan import plan
 from .prepare import PrepareCommand, prepare
 
 _log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ app.command()(generate)
 app.command()(convert)
 app.command()(inspect)
 app.add_typer(launch_app, name="launch")
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(plan)
 
 
 @app.command()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import typer
 
+from ..moe_lora.errors import WanmoeError
 from . import slurm
-from .config import load_config
+from .config import Config, load_config
 from .launcher import STOPS, launch, under_launcher
 
 
@@ -26,10 +28,14 @@ def start(path: Path, overrides: Sequence[str], machine: str | None) -> None:
         # Our readers open files by themselves; nothing else of webdataset in a rank shall run a shell for a
         # URL or unpickle. For ranks alone: a program that imports this package may use it as it likes.
         os.environ.setdefault("WDS_SECURE", "1")
+        import torch
+
         from ..train.loop import train
 
         try:
             train(config)
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(config, error) from error
         finally:
             # All is written; the end of the interpreter takes seconds, in which a signal would make it a
             # failure.
@@ -42,3 +48,16 @@ def start(path: Path, overrides: Sequence[str], machine: str | None) -> None:
     preset = [] if machine is None else ["--machine", machine]
     words = ["train", "--config", str(path), *preset, *overrides]
     raise typer.Exit(launch(config.launch, words))
+
+
+def _out_of_memory(config: Config, error: Exception) -> WanmoeError:
+    """Says where the memory of the card went, on standard error, and what to try."""
+    import torch
+
+    from .plan import out_of_memory
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    plan, advice = out_of_memory(config, device, int(os.environ.get("WORLD_SIZE", "1")))
+    sys.stderr.write(f"\n{plan}\n")
+    first = str(error).split(". ")[0]
+    return WanmoeError(f"{first}; {advice}")

@@ -36,7 +36,6 @@ from .model import (
     open_store,
     plan_of,
     side_configs,
-    with_accumulation,
 )
 from .objective import Loss
 from .ranks import agree, init_distributed, together
@@ -44,7 +43,7 @@ from .routed import whole_router
 from .samples import Samples
 from .saver import Saver
 from .side import Side, check_alike, order_of_sides
-from .stages import STAGES, stage_name, total_steps
+from .stages import STAGES, stage_name, total_steps, with_accumulation
 from .tracking import Tracker, flatten
 from .watchdog import Watchdog, watch_over
 

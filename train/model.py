@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from ..moe_lora import Adapter, RouterConfig, WanmoeError, attach, load_adapter
 from ..moe_lora.adapter import start_experts_from_base
 from ..moe_lora.adapter_file import has_router, has_time_gate, read_adapter, read_adapter_info
-from ..moe_lora.block_store import BlockStore, lay_out
+from ..moe_lora.block_store import BlockStore
 from ..moe_lora.files import file_sha256
 from ..moe_lora.formats import format_of
+from ..moe_lora.needs import CONTEXT, activations, base_of, spread
 from ..moe_lora.wan.config import WanConfig
 from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weight_files import weight_files
@@ -24,7 +26,7 @@ from .engine import uses_bf16
 from .node_memory import node_memory
 from .sliced import Sliced
 from .stages import STAGES, StageSpec, stage_name
-from .zero import Base, Plan, make_plan, room, spread
+from .zero import Plan, make_plan, room
 
 # Keys of the adapter that may change from stage to stage.
 OF_A_STAGE = ("rank_dropout", "module_dropout", "expert_init")
@@ -49,26 +51,18 @@ def side_configs(config: TrainerConfig) -> dict[str, TrainerConfig]:
     return {"high": config.model_copy(update=high), "low": config.model_copy(update=low)}
 
 
-def base_of(config: TrainerConfig, dtype: torch.dtype) -> Base:
-    """How large the base of one model is as it is held, from headers alone."""
-    with torch.device("meta"):
-        if config.model.dit is None:
-            dit = WanDiT(WanConfig.preset(str(config.model.preset)))
-        else:
-            dit = WanDiT(read_dit_config(config.model.dit)[0])
-    total = sum(p.numel() for p in dit.parameters()) * dtype.itemsize
-    block = sum(p.numel() for p in dit.blocks[0].parameters()) * dtype.itemsize
-    rest = total - len(dit.blocks) * block
-    if config.model.quantised is None:
-        return Base(rest, block, len(dit.blocks))
-    pieces = lay_out(dit.blocks[0], lambda name: dtype, format_of(config.model.quantised))
-    return Base(rest, pieces.size, len(dit.blocks), pieces.unpacked)
+def wan_config_of(config: TrainerConfig) -> WanConfig:
+    """The sizes of one model, from headers alone."""
+    if config.model.dit is None:
+        return WanConfig.preset(str(config.model.preset))
+    return read_dit_config(config.model.dit)[0]
 
 
 def plan_of(config: TrainerConfig, sides: Sequence[TrainerConfig], world: int, device: torch.device) -> Plan:
     """How the models of a job, by their configs, are held on this many ranks like this one."""
     bf16 = uses_bf16(config, device)
-    bases = [base_of(one, torch.bfloat16 if bf16 else torch.float32) for one in sides]
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    bases = [base_of(wan_config_of(one), dtype, format_of(one.model.quantised or "bf16")) for one in sides]
     pretrain = config.train.stage == "pretrain"
     elements = sum(base.whole for base in bases) // (2 if bf16 else 4)
     return make_plan(
@@ -81,7 +75,25 @@ def plan_of(config: TrainerConfig, sides: Sequence[TrainerConfig], world: int, d
         ring=config.ring.blocks,
         slots=config.ring.slots,
         shardable=config.model.quantised is None,
+        beside=None if pretrain else lambda: _beside(config, sides[0], dtype, device),
     )
+
+
+def _beside(config: TrainerConfig, side: TrainerConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes that a step takes beside weights and optimizer, on the largest clips."""
+    largest = max(ShardIndex(config.data.shards).buckets, key=math.prod)
+    adapter = side.adapter if side.model.adapter is None else read_adapter_info(side.model.adapter).adapter
+    counted = activations(
+        wan_config_of(side),
+        adapter,
+        STAGES[stage_name(config)].trains,
+        largest,
+        clips=config.data.batch,
+        dtype=dtype,
+        checkpointing=config.train.checkpointing,
+        card=device.type == "cuda",
+    )
+    return counted.peak // config.train.sequence_parallel + CONTEXT
 
 
 def open_store(
@@ -307,17 +319,3 @@ def side_range(config: TrainerConfig, spec: StageSpec, boundary: float) -> tuple
             f"{config.model.noise_expert} noise expert"
         )
     return low, high
-
-
-def with_accumulation(config: TrainerConfig, world: int) -> TrainerConfig:
-    """The config with the forwards per step that `train.global_batch` asks for on this many ranks."""
-    wanted, at_once = config.train.global_batch, world * config.data.batch
-    if wanted is None:
-        return config
-    if wanted % at_once:
-        raise WanmoeError(
-            f"train.global_batch = {wanted} does not divide among {world} ranks of data.batch = "
-            f"{config.data.batch}; take a multiple of {at_once}"
-        )
-    train = config.train.model_copy(update={"accumulation": wanted // at_once})
-    return config.model_copy(update={"train": train})

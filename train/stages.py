@@ -127,6 +127,20 @@ def total_steps(config: TrainerConfig, spec: StageSpec, clips: int, global_batch
     return max(1, math.ceil((config.train.epochs or spec.epochs) * clips / global_batch))
 
 
+def with_accumulation(config: TrainerConfig, world: int) -> TrainerConfig:
+    """The config with the forwards per step that `train.global_batch` asks for on this many ranks."""
+    wanted, at_once = config.train.global_batch, world * config.data.batch
+    if wanted is None:
+        return config
+    if wanted % at_once:
+        raise WanmoeError(
+            f"train.global_batch = {wanted} does not divide among {world} ranks of data.batch = "
+            f"{config.data.batch}; take a multiple of {at_once}"
+        )
+    train = config.train.model_copy(update={"accumulation": wanted // at_once})
+    return config.model_copy(update={"train": train})
+
+
 def select_trainable(spec: StageSpec, dit: WanDiT, adapter: Adapter | None) -> dict[str, nn.Parameter]:
     """Sets requires_grad for a stage and returns what trains by name; verified against the live model.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..moe_lora import WanmoeError
+from ..moe_lora.needs import Base, on_card
 
 if TYPE_CHECKING:
     from ..moe_lora.wan.dit import WanDiT
@@ -27,6 +28,8 @@ MAX_BUCKET = 200_000_000
 SHARE = 0.6
 # The same where there is no other way than to try.
 MOST = 0.85
+# Share that all of it may take, where all of it is known: memory is cut up as it is used.
+FULL = 0.95
 # Bytes per trainable parameter beside its weight: gradient, master and two moments, fp32 each.
 STATE_BYTES = 16
 
@@ -42,24 +45,6 @@ class Plan:
     """Whether of two models the one that does not train in a step waits in host memory."""
     stream: int = 0
     """How many blocks of each model stream from host memory."""
-
-
-@dataclass(frozen=True)
-class Base:
-    """Bytes of a frozen model, as it is held."""
-
-    rest: int
-    """What is in no block."""
-    block: int
-    """One block, all of which are alike."""
-    blocks: int
-    """How many there are."""
-    unpacked: int = 0
-    """Of the place where the weights of one block are unpacked, if they are quantised."""
-
-    @property
-    def whole(self) -> int:
-        return self.rest + self.blocks * self.block
 
 
 def local_world() -> int:
@@ -85,6 +70,7 @@ def make_plan(
     ring: Literal["auto"] | int = "auto",
     slots: int = 2,
     shardable: bool = True,
+    beside: Callable[[], int] | None = None,
 ) -> Plan:
     """The stage of a job: as asked, or whole copies where they fit, which is several times faster than
     gathering, and shards where they do not.
@@ -98,6 +84,8 @@ def make_plan(
         ring: how many blocks of each model stream, as asked.
         slots: of the ring.
         shardable: whether ZeRO-3 can hold the base: not if it is quantised.
+        beside: bytes that a step takes beside weights and optimizer; asked only where that decides.
+            None: not known.
 
     Raises:
         WanmoeError: stage 0 is asked for where it has no masters, or nothing fits.
@@ -120,30 +108,28 @@ def make_plan(
     if whole <= SHARE * memory:
         return Plan(replicated, f"ZeRO-{replicated}, whole copies: {told}")
     if world == 1:  # the only shard is the whole
+        left = MOST * memory if beside is None else FULL * memory - beside()
+        alone = Plan(replicated, f"ZeRO-{replicated}, the one copy: {told}")
+        if beside is not None and whole <= left:
+            return alone
         largest = max(model.whole for model in models)
-        if len(models) > 1 and shardable and largest + state <= MOST * memory:
+        if len(models) > 1 and shardable and largest + state <= left:
             return Plan(0, f"ZeRO-0, the idle model in host memory: {told}", park=True)
-        if whole <= MOST * memory:
-            return Plan(replicated, f"ZeRO-{replicated}, the one copy: {told}")
+        if whole <= left:
+            return alone
     within = f", and once more within each node of {node} ranks" if (node := node_size(world)) else ""
     twice = (whole - state) / node if node else 0
     if world > 1 and shardable and whole / world + twice <= MOST * memory:
         return Plan(3, f"ZeRO-3, shards{within}: {told}")
     if ring == "auto" and not mixed:
+        left = SHARE * memory if beside is None else FULL * memory - beside()
         for stream in range(1, blocks + 1):
-            if on_card(models, stream, slots) + state <= SHARE * memory:
+            if on_card(models, stream, slots) + state <= left:
                 return _streamed(replicated, models, state, stream, slots)
     raise WanmoeError(
         f"{told} do not fit; train on at least {max(math.ceil(whole / (SHARE * memory)), 2)} such cards "
         "(launch.ranks, or more nodes), or one model at a time"
     )
-
-
-def on_card(models: Sequence[Base], stream: int, slots: int) -> int:
-    """Bytes of models on a card of which so many blocks each stream through `slots` that they share."""
-    stays = sum(model.rest + (model.blocks - stream) * model.block for model in models)
-    passing = slots * max(model.block for model in models) if stream else 0
-    return stays + passing + max(model.unpacked for model in models)
 
 
 def _streamed(stage: Stage, models: Sequence[Base], state: int, stream: int, slots: int) -> Plan:
@@ -153,15 +139,6 @@ def _streamed(stage: Stage, models: Sequence[Base], state: int, stream: int, slo
         f"{here / 1e9:.3g} GB of weights and optimizer on a card"
     )
     return Plan(stage, why, stream=stream)
-
-
-def spread(stream: int, first_adapted: int, blocks: int) -> frozenset[int]:
-    """Which blocks stream: far apart, so that one has the time of several to arrive, and those of the prefix
-    before those of the tail, which would come twice a step."""
-    prefix = min(stream, first_adapted)
-    tail = stream - prefix
-    chosen = {i * first_adapted // prefix for i in range(prefix)}
-    return frozenset(chosen | {first_adapted + i * (blocks - first_adapted) // tail for i in range(tail)})
 
 
 def node_size(world: int, local: int | None = None) -> int | None:

@@ -12,6 +12,7 @@ from wanmoe.launch.bench_engine import _stage_b
 from wanmoe.launch.bench_engine_bytes import meta_model, model_bytes
 from wanmoe.launch.config import Config, machine_preset
 from wanmoe.moe_lora import AdapterConfig
+from wanmoe.moe_lora.needs import Base
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.train import zero
 
@@ -49,7 +50,7 @@ def test_there_are_commands_of_every_kind():
 def test_the_table_of_machines_is_what_training_would_do(monkeypatch):
     (table,) = re.findall(r"^\| machine \|.*?\n\n", PAGE, re.MULTILINE | re.DOTALL)
     model = meta_model(WanConfig.preset("t2v-A14B"), AdapterConfig(), _stage_b())
-    base, trainable = zero.Base(2 * model.base, 0, 40), model.trains
+    base, trainable = Base(2 * model.base, 0, 40), model.trains
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.strip().splitlines()[2:]]
     assert len(rows) == 5
     for machine, *cells in rows:

@@ -85,7 +85,9 @@ def test_every_machine_goes_with_every_stage(machine, stage):
 
 
 def test_there_are_the_machines_that_the_docs_name():
-    assert MACHINES == ["4090-24g", "a100-40g", "a100-80g", "cpu-2"]
+    sizes = ("256x256x81", "512x512x81", "832x480x81")
+    planned = [f"{card}gb-{size}" for card in (16, 24, 40, 80) for size in sizes]
+    assert sorted([*planned, "4090-24g", "a100-40g", "a100-80g", "cpu-2"]) == MACHINES
 
 
 def test_the_config_wins_over_the_machine_and_a_key_over_both(toml, tmp_path):
@@ -97,7 +99,10 @@ def test_the_config_wins_over_the_machine_and_a_key_over_both(toml, tmp_path):
 
 
 def test_a_machine_that_is_none_names_those_there_are(toml):
-    with pytest.raises(WanmoeError, match="--machine b200: no such preset or file; there are 4090-24g, a100"):
+    with pytest.raises(
+        WanmoeError,
+        match="--machine b200: no such preset or file; there are 16gb-256x256x81, .*4090-24g, .*a100",
+    ):
         load_config(toml, [], "b200")
 
 

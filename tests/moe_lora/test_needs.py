@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from wanmoe.moe_lora.adapter import AdapterConfig, attach
+from wanmoe.moe_lora.needs import LiveBytes, activations
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
-from wanmoe.moe_lora.needs import LiveBytes, activations
 
 SMALL = WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=8, text_dim=64, text_len=16, freq_dim=32)
 ADAPTER = AdapterConfig(blocks=4, ffn_blocks=2)

@@ -7,10 +7,11 @@ import torch
 
 from wanmoe.launch.config import parse_config
 from wanmoe.moe_lora import AdapterConfig, WanmoeError, attach
+from wanmoe.moe_lora.needs import Base, on_card, spread
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
 from wanmoe.moe_lora.wan.weights import load_dit
-from wanmoe.train.zero import SHARE, Base, deepspeed_config, make_plan, on_card, spread
+from wanmoe.train.zero import SHARE, deepspeed_config, make_plan
 
 
 def test_settings_on_a14b_keep_adapters_resident_and_prefetch_one_block(config):
@@ -104,6 +105,22 @@ def test_blocks_stream_where_nothing_else_fits_and_no_more_than_must(models, wor
     assert make_plan("auto", models, 0, 4, 80 * GB, ring=5).stream == 5
     with pytest.raises(WanmoeError, match="ring.blocks = 41: the model has 40 blocks"):
         make_plan("auto", models, 0, world, memory, ring=41)
+
+
+@pytest.mark.parametrize("beside", [1 * GB, 5 * GB, 12 * GB])
+def test_what_a_step_takes_decides_where_it_is_known(beside):
+    plan = make_plan("auto", [BASE, BASE], 0, 1, 24 * GB, beside=lambda: beside)
+    assert on_card([BASE, BASE], plan.stream, 2) + beside <= 0.95 * 24 * GB
+    assert on_card([BASE, BASE], plan.stream - 1, 2) + beside > 0.95 * 24 * GB
+    both = make_plan("auto", [BASE, BASE], 0, 1, 80 * GB, beside=lambda: beside)
+    assert (both.park, both.stream) == (False, 0)
+    assert make_plan("auto", [BASE, BASE], 0, 1, 80 * GB, beside=lambda: 20 * GB).park
+    with pytest.raises(WanmoeError, match="do not fit"):
+        make_plan("auto", [BASE], 0, 1, 24 * GB, beside=lambda: 24 * GB)
+
+
+def test_what_a_step_takes_is_not_counted_where_whole_copies_fit_anyway():
+    assert make_plan("auto", [BASE], 0, 1, 80 * GB, beside=lambda: 1 // 0).stream == 0
 
 
 def test_a_quantised_base_is_never_sharded():
