@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,24 @@ from torch import Tensor
 
 from ..moe_lora.adapter import Adapter, AdapterConfig
 from ..moe_lora.adapter_file import has_router, is_adapter, load_adapter, read_adapter, read_adapter_info
+from ..moe_lora.block_store import BlockStore
 from ..moe_lora.errors import WanmoeError
 from ..moe_lora.fork_file import is_fork, read_fork
 from ..moe_lora.instruments import ExpertSet, known_experts
 from ..moe_lora.interop import import_adapter
 from ..moe_lora.lora_file import read_lora
 from ..moe_lora.lora_merge import LoRASpec
+from ..moe_lora.ring import BlockRing
+from ..moe_lora.streamed_module import stream_blocks
+from ..moe_lora.wan.clip import CLIPImageEncoder, load_clip
+from ..moe_lora.wan.codec import Codec, HaarCodec, WanVAE
+from ..moe_lora.wan.config import WanConfig
 from ..moe_lora.wan.dit import WanDiT
-from ..moe_lora.wan.text import TextEncoder, encode_prompts
+from ..moe_lora.wan.text import TextEncoder, UMT5TextEncoder, encode_prompts
 from ..moe_lora.wan.weights import dit_hash, load_dit, read_dit_config
 
 _log = logging.getLogger(__name__)
+_CPU = torch.device("cpu")
 
 TASKS = ("t2v-A14B", "i2v-A14B", "t2v-1.3B", "i2v-14B", "tiny", "t2v", "i2v")
 
@@ -103,8 +111,10 @@ def load_model(
     loras: Sequence[LoRASpec] = (),
     config_file: Path | None = None,
     fold_timestep: bool = False,
+    store: BlockStore | None = None,
 ) -> tuple[WanDiT, Adapter | None]:
-    """The DiT of a side in host memory, other LoRAs merged in, and its adapter of any known format."""
+    """The DiT of a side in host memory, or its blocks in `store`, other LoRAs merged in, and its adapter of
+    any known format."""
     ours = adapter_path is not None and is_adapter(adapter_path)
     fits: dict[str, Any] = {"noise_expert": name, "any_base": any_base}
     base: str | None = None
@@ -121,7 +131,7 @@ def load_model(
             sketch = WanDiT(read_dit_config(path)[0])
         load_adapter(adapter_path, sketch, base_sha256=base, **fits)
     wanted = [lora for lora in loras if lora.serves(name)]
-    dit = load_dit(path, dtype=dtype, loras=wanted)
+    dit = load_dit(path, dtype=dtype, loras=wanted, store=store)
     for lora in wanted:
         _log.info("merged %s into the %s-noise model, strength %g", lora.path, name, lora.strength)
     if adapter_path is None:
@@ -132,15 +142,61 @@ def load_model(
     return dit, import_adapter(adapter_path, dit, **fits, **more)
 
 
+def check_loras(loras: Sequence[LoRASpec], sides: Iterable[str]) -> None:
+    """Raises WanmoeError for a LoRA of a side that there is not."""
+    for lora in loras:
+        if not any([lora.serves(side) for side in sides]):  # a list: each side is checked
+            raise WanmoeError(
+                f"lora {lora.path} is for the high-noise model, and there is only one model: give "
+                "dit_high_noise_path (--dit_high_noise) too, or write :low behind its name"
+            )
+
+
+def check_stored(config: WanConfig, stream: int, stored: bool, merged: bool, compiled: bool) -> None:
+    """Raises WanmoeError for what does not go with blocks that stream or are quantised (`stored`)."""
+    if not 0 <= stream <= config.num_layers:
+        raise WanmoeError(f"stream {stream}: the model has {config.num_layers} blocks; give 0 to as many")
+    for given, name in ((merged, "merged"), (compiled, "compiled")):
+        if stored and given:
+            raise WanmoeError(
+                f"{name} needs blocks whose weights are on the card to stay and as they are: leave {name} "
+                "out, or stream and quantised"
+            )
+
+
+@contextlib.contextmanager
+def on_device(codec: HaarCodec | WanVAE, device: torch.device) -> Iterator[Codec]:
+    """The codec, on the device for as long as it is used and in host memory before and after."""
+    codec.to(device)
+    try:
+        yield codec
+    finally:
+        codec.to("cpu")
+
+
+def clip_of(config: WanConfig, path: PathLike | None, dit: Path) -> CLIPImageEncoder | None:
+    """The image encoder of a model that takes one; raises WanmoeError where it is not given."""
+    if not config.image_dim:
+        if path is not None:
+            _log.info("clip_path is not used: this model has no image encoder")
+        return None
+    if path is None:
+        raise WanmoeError(f"{dit}: a Wan2.1 i2v model needs clip_path (--clip)")
+    return load_clip(path)
+
+
 class PromptEncoder:
     """A text encoder that is in memory while prompts are encoded, and not while a video is made.
 
     `load` is called at once, so that a wrong path shows before any other file is read, and again when prompts
     come that have no embedding yet: `prepare` all of them together.
+
+    Args:
+        device: where umT5 computes. On a card its blocks stream from host memory: whole it has 11 GB.
     """
 
-    def __init__(self, load: Callable[[], TextEncoder]) -> None:
-        self._load = load
+    def __init__(self, load: Callable[[], TextEncoder], device: torch.device = _CPU) -> None:
+        self._load, self._device = load, device
         self._encoder: TextEncoder | None = load()
         self.name, self.stand_in = self._encoder.name, self._encoder.stand_in
         self._embeddings: dict[str, Tensor] = {}
@@ -150,6 +206,8 @@ class PromptEncoder:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         if missing:
             encoder = self._encoder or self._load()
+            if self._device.type != "cpu":
+                stream_encoder(encoder, BlockRing(self._device))
             # One at a time: the embedding of a prompt must not depend on what it is encoded with.
             self._embeddings |= {prompt: encode_prompts(encoder, [prompt])[0] for prompt in missing}
         self._encoder = None
@@ -157,6 +215,13 @@ class PromptEncoder:
     def __getitem__(self, prompt: str) -> Tensor:
         """[n, D] of a prepared prompt."""
         return self._embeddings[prompt]
+
+
+def stream_encoder(encoder: TextEncoder, ring: BlockRing) -> None:
+    """Runs the blocks of umT5 through a ring; what stands in for it computes nothing and stays as it is."""
+    if isinstance(encoder, UMT5TextEncoder):
+        stack = encoder.model.encoder
+        stream_blocks(list(stack.block), stack.final_layer_norm, ring)
 
 
 def facts(

@@ -1,64 +1,73 @@
-"""What a generation takes on the card, modelled from sizes: weights of one side, activations, the decoder.
-
-L video tokens, D width; sizes in bytes.
-"""
+"""What a generation takes on the card: weights by their sizes, a step counted in a dry run, the decoder
+modelled."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
+from ..moe_lora.adapter import AdapterConfig
+from ..moe_lora.needs import CONTEXT, Base, activations, decoding, on_card
 from ..moe_lora.wan.codec import latent_shape
 from ..moe_lora.wan.config import WanConfig
 
-# Values of width D that live at once in a block without a graph: x, its norm, q, k, v and both rotated, and
-# the attention's output; the feed-forward layer holds fewer. Norms in plain PyTorch add three of float32.
-_LIVE = 8
-_NORM = 3 * 2
-# Channels of the decoder at full size, values of it alive at once, and frames decoded together.
-_DECODER_CHANNELS, _DECODER_LIVE, _DECODER_FRAMES = 96, 6, 4
-# What CUDA itself and its libraries' work spaces take.
-_CONTEXT = 0.8e9
-
 
 class Needs(NamedTuple):
-    """Bytes on the card. The two phases do not overlap: where there are two sides, both have left the card
-    when the video is decoded."""
+    """Bytes on the card. Denoising and decoding do not overlap."""
 
-    weights: int
-    """One side of the model, with its adapter."""
+    stays: int
+    """Weights of the sides that are there all the time."""
+    comes: int
+    """Weights of the side that is there for its steps alone."""
     denoise: int
     """Activations of a step."""
     decode: int
-    """Activations of the codec and the decoded video."""
-    codec: int
-    """Weights of the codec, which stay on the card."""
+    """The codec with its activations, and the decoded video."""
 
     @property
-    def peak(self) -> float:
-        """The larger phase, one side resident, and what CUDA takes."""
-        return self.weights + self.codec + max(self.denoise, self.decode) + _CONTEXT
+    def peak(self) -> int:
+        """The larger phase, with what stays and what CUDA takes."""
+        return self.stays + max(self.comes + self.denoise, self.decode) + CONTEXT
+
+    def describe(self) -> str:
+        """In words."""
+        weights, whose = (self.stays, "weights") if self.stays else (self.comes, "weights of one side")
+        return (
+            f"needed on the card {self.peak / 1e9:.1f} GB: {whose} {weights / 1e9:.1f}, then "
+            f"{self.denoise / 1e9:.1f} to denoise and {self.decode / 1e9:.1f} to decode"
+        )
 
 
 def needs(
     config: WanConfig,
-    weights: int,
+    adapter: AdapterConfig | None,
+    sides: Sequence[Base],
+    *,
+    adapters: int,
     codec: int,
     frames: int,
     size: tuple[int, int],
-    clips: int,
-    itemsize: int,
+    clips: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    swapped: bool = False,
+    stream: int = 0,
+    slots: int = 2,
 ) -> Needs:
-    """Modelled, not measured: what generating one video takes.
+    """What generating one video takes; nothing is computed.
 
     Args:
-        weights, codec: bytes of one side, and of the codec.
+        adapters, codec: bytes of all adapters, and of the codec.
         clips: of a forward; 2 where guidance runs both passes at once.
-        itemsize: of the DiT's activations.
+        swapped: of two sides, one at a time is on the card.
+        stream: blocks of each side that wait on the host.
     """
     shape = latent_shape(frames, *size)
-    tokens = math.prod(n // patch for n, patch in zip(shape, config.patch_size, strict=True))
-    live = (_LIVE + _NORM) * config.dim * itemsize
-    pixels = size[0] * size[1]
-    decoder = _DECODER_CHANNELS * _DECODER_LIVE * min(frames, _DECODER_FRAMES) * pixels * 4
-    return Needs(weights, clips * tokens * live, decoder + frames * 3 * pixels * 4, codec)
+    if swapped:
+        stays, comes = 0, max(side.whole for side in sides) + math.ceil(adapters / len(sides))
+    else:
+        stays, comes = on_card(sides, stream, slots) + adapters, 0
+    step = activations(config, adapter, (), shape, clips=clips, dtype=dtype).peak
+    return Needs(stays, comes, step, codec + decoding(frames, *size))

@@ -10,24 +10,39 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..moe_lora.adapter import Adapter
+from ..moe_lora.block_store import BlockStore
 from ..moe_lora.errors import WanmoeError
+from ..moe_lora.formats import PLAIN, format_of
 from ..moe_lora.lora_merge import LoRASpec
+from ..moe_lora.needs import base_of, spread
+from ..moe_lora.ring import BlockRing
 from ..moe_lora.video import read_image, to_frames, to_model, write_video
-from ..moe_lora.wan.clip import CLIPImageEncoder, load_clip
 from ..moe_lora.wan.codec import CHANNELS, image_condition, latent_shape, load_vae
 from ..moe_lora.wan.sampling import sample
 from ..moe_lora.wan.text import load_text_encoder
 from ..moe_lora.wan.weights import dit_hash, read_dit_config
-from .load import PathLike, PromptEncoder, adapter_paths, check_task, facts, load_model
-from .memory import Needs, needs
+from .load import (
+    PathLike,
+    PromptEncoder,
+    adapter_paths,
+    check_loras,
+    check_stored,
+    check_task,
+    clip_of,
+    facts,
+    load_model,
+    on_device,
+)
+from .memory import needs
 from .request import Job, check_job, check_model, gates_picture, make_job
 from .route import Route, Wish, acting, route
 from .side import Cast, Denoiser, Side
@@ -66,14 +81,18 @@ class LoRAMoEInference:
         loras: LoRAs to merge into the base while it is read, e.g. for few-step sampling; as `LoRASpec` or as
             `file[:strength][:high|low]`.
         alpha_base, alpha_expert: strength of the base adapter and of the experts.
-        device: where the DiTs and the codec run; None is cuda where there is one. The text encoder runs on
-            the CPU, and is released after use. With two DiTs the inactive one waits in host memory.
+        device: where everything runs; None is cuda where there is one. The text encoder's blocks stream to
+            it, and it is released after use; the codec is there for its turn alone.
         dtype: of the DiT's weights; None keeps the file's.
         tokenizer_path: folder of the umT5 tokeniser, where it does not lie beside the encoder.
         any_base: take an adapter of another base model or noise expert.
         merged: run W + dW in the dtype of W instead of the adapter op; the error against it is logged. For
             gates that are the same all over a clip.
         compiled: run the blocks through `torch.compile`.
+        stream: so many blocks of each DiT wait in host memory and stream to the device for their turn; the
+            rest of both DiTs stays there. None: all blocks are there, those of two DiTs in turns.
+        quantised: hold the large weights of the blocks in "fp8", "int8" or "nf4", unpacked for their turn;
+            their error is logged.
         vae_tiling: encode and decode in tiles that overlap: less memory, a picture that differs a little.
         fold_timestep: of a fork file, as in `import_adapter`.
         prompts: what will be asked for, as `prepare` takes it; the text encoder is then read only once.
@@ -103,6 +122,8 @@ class LoRAMoEInference:
         any_base: bool = False,
         merged: bool = False,
         compiled: bool = False,
+        stream: int | None = None,
+        quantised: str | None = None,
         vae_tiling: bool = False,
         fold_timestep: bool = False,
         prompts: Sequence[str | None] = (),
@@ -129,9 +150,12 @@ class LoRAMoEInference:
             check_model(config, path)
             if name == "low":
                 self.config = config
-        _check_loras(merges, paths)
-        self.codec = load_vae(vae_path, device=self.device, tile=_TILE if vae_tiling else None)
-        self.clip = self._load_clip(clip_path, paths["low"])
+        check_loras(merges, paths)
+        self._stream, self._format = stream or 0, format_of(quantised or "bf16")
+        stored = self._stream > 0 or self._format is not PLAIN
+        check_stored(self.config, self._stream, stored, merged, compiled)
+        self.codec = load_vae(vae_path, tile=_TILE if vae_tiling else None)
+        self.clip = clip_of(self.config, clip_path, paths["low"])
         self._text = PromptEncoder(
             partial(
                 load_text_encoder,
@@ -139,12 +163,17 @@ class LoRAMoEInference:
                 tokenizer_path=tokenizer_path,
                 dim=self.config.text_dim,
                 max_length=self.config.text_len,
-            )
+            ),
+            self.device,
         )
         # The text encoder is 11 GB: it is gone before the DiTs come.
         self.prepare([*prompts, None])
-        self.sides = {}
+        self.sides: dict[str, Side] = {}
+        ring = BlockRing(self.device) if stored else None
+        # Of two whole DiTs one waits in host memory.
+        self._swapped = len(paths) > 1 and self.device.type != "cpu" and not stored and stream is None
         for name, path in paths.items():
+            store = self._store() if stored else None
             model = load_model(
                 name,
                 path,
@@ -154,9 +183,15 @@ class LoRAMoEInference:
                 loras=merges,
                 config_file=config_file,
                 fold_timestep=fold_timestep,
+                store=store,
             )
-            one = len(paths) == 1 or self.device.type == "cpu"
-            side = Side(name, *model, self.device, resident=one, merged=merged, compiled=compiled)
+            if ring is not None and store is not None:
+                model[0].streamed = ring.add(store, list(model[0].blocks), self.config.num_layers)
+                if store.errors:
+                    _log.info("%s-noise model %s", name, store.describe_error())
+            side = Side(
+                name, *model, self.device, resident=not self._swapped, merged=merged, compiled=compiled
+            )
             if side.untrained:
                 names = ", ".join(side.untrained)
                 _log.warning("%s: never trained, so without effect: %s", adapters[name], names)
@@ -284,8 +319,8 @@ class LoRAMoEInference:
             )
         finally:
             cast.clear()
-        with torch.no_grad():
-            return to_frames(self.codec.decode(latent)[0])
+        with torch.no_grad(), on_device(self.codec, self.device) as codec:
+            return to_frames(codec.decode(latent)[0])
 
     def prepare(self, prompts: Sequence[str | None]) -> None:
         """Encodes prompts ahead, so that the text encoder is read once for all of them.
@@ -338,22 +373,30 @@ class LoRAMoEInference:
         """Says what the card has to hold; True where both passes of guidance fit in one forward on it."""
         if self.device.type != "cuda":
             return False
-        parameters = [p for side in self.sides.values() for p in side.dit.parameters()]
-        weights = sum(p.numel() * p.itemsize for p in parameters) // len(self.sides)
-        codec = sum(p.numel() * p.itemsize for p in getattr(self.codec, "parameters", tuple)())
-        one, two = (
-            needs(self.config, weights, codec, job.frames, job.size, clips, parameters[0].itemsize)
-            for clips in (1, 2)
-        )
+        dtype = next(iter(self.sides.values())).dit.head.head.weight.dtype
+        adapters = self._adapters().values()
+        given: dict[str, Any] = {
+            "adapters": sum(p.nbytes for one in adapters for p in one.parameters().values()),
+            "codec": sum(p.nbytes for p in getattr(self.codec, "parameters", tuple)()),
+            "frames": job.frames,
+            "size": job.size,
+            "dtype": dtype,
+            "swapped": self._swapped,
+            "stream": self._stream,
+        }
+        sides = [base_of(self.config, dtype, self._format)] * len(self.sides)
+        adapter = next((one.config for one in adapters), None)
+        one, two = (needs(self.config, adapter, sides, clips=clips, **given) for clips in (1, 2))
         free, total = torch.cuda.mem_get_info(self.device)
         # What torch keeps for itself is free for it.
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        there = codec + (weights if len(self.sides) == 1 else 0)
-        _log.info("%s; %.1f of %.0f GB are free", _in_words(one), (free + there) / 1e9, total / 1e9)
+        there = one.stays
+        _log.info("%s; %.1f of %.0f GB are free", one.describe(), (free + there) / 1e9, total / 1e9)
         if one.peak - there > free:
             raise WanmoeError(
-                f"{_in_words(one)}, but {(free + there) / 1e9:.1f} of {total / 1e9:.0f} GB are free; use a "
-                "larger card, --dtype bf16, --vae_tiling, or fewer or smaller frames"
+                f"{one.describe()}, but {(free + there) / 1e9:.1f} of {total / 1e9:.0f} GB are free; let "
+                "(more) blocks --stream, or take --quantised fp8, --dtype bf16, --vae_tiling, or fewer or "
+                "smaller frames"
             )
         return two.peak - there < free and job.guidance != (1.0, 1.0)
 
@@ -425,15 +468,6 @@ class LoRAMoEInference:
             **self._facts,
         }
 
-    def _load_clip(self, path: PathLike | None, dit: Path) -> CLIPImageEncoder | None:
-        if not self.config.image_dim:
-            if path is not None:
-                _log.info("clip_path is not used: this model has no image encoder")
-            return None
-        if path is None:
-            raise WanmoeError(f"{dit}: a Wan2.1 i2v model needs clip_path (--clip)")
-        return load_clip(path)
-
     def _pictures(self, job: Job) -> tuple[Tensor | None, Tensor | None]:
         """(image latent, CLIP tokens) of the given frames; CLIP sees the pictures whole, as in Wan2.1."""
         files = [path for path in (job.first, job.last) if path is not None]
@@ -446,20 +480,10 @@ class LoRAMoEInference:
             whole = [to_model(read_image(path)[None])[:, 0].to(self.device) for path in files]
             tokens = torch.cat([self.clip(picture[None]) for picture in whole], dim=1)
             self.clip.to("cpu")
-        return image_condition(self.codec, cut[0], job.frames, *cut[1:]), tokens
+        with on_device(self.codec, self.device) as codec:
+            return image_condition(codec, cut[0], job.frames, *cut[1:]), tokens
 
-
-def _check_loras(loras: Sequence[LoRASpec], sides: Iterable[str]) -> None:
-    for lora in loras:
-        if not any([lora.serves(side) for side in sides]):  # a list: each side is checked
-            raise WanmoeError(
-                f"lora {lora.path} is for the high-noise model, and there is only one model: give "
-                "dit_high_noise_path (--dit_high_noise) too, or write :low behind its name"
-            )
-
-
-def _in_words(need: Needs) -> str:
-    return (
-        f"modelled need on the card {need.peak / 1e9:.1f} GB: weights of one side {need.weights / 1e9:.1f}, "
-        f"then {need.denoise / 1e9:.1f} to denoise and {need.decode / 1e9:.1f} to decode"
-    )
+    def _store(self) -> BlockStore:
+        blocks = self.config.num_layers
+        resident = set(range(blocks)) - spread(self._stream, blocks, blocks)
+        return BlockStore(self.device, self._format, resident)

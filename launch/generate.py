@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -109,6 +111,16 @@ def generate(
         bool, typer.Option(help="Merge the experts into the weights: faster, rounded; the error is printed.")
     ] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the blocks.")] = False,
+    stream: Annotated[
+        str,
+        typer.Option(
+            help="So many blocks of each DiT wait in host memory and stream to the card; none: all are on "
+            "it, of two DiTs one at a time. Default: what is fastest in the card's free memory."
+        ),
+    ] = "auto",
+    quantised: Annotated[
+        str | None, typer.Option(help="Hold the DiT's weights as fp8, int8 or nf4; the error is printed.")
+    ] = None,
     vae_tiling: Annotated[bool, typer.Option(help="Encode and decode in tiles: less memory.")] = False,
     any_base: Annotated[bool, typer.Option(help="Take an adapter of another base or side.")] = False,
     classifier: Annotated[
@@ -119,6 +131,7 @@ def generate(
     the prompt."""
     from ..infer import LoRAMoEInference
     from ..infer.prompts import Request, read_prompts
+    from ..moe_lora.formats import format_of
     from ..moe_lora.lora_merge import LoRASpec
 
     logging.basicConfig(format="%(message)s")
@@ -156,6 +169,9 @@ def generate(
     adapters = lora_moe_weights or []
     _check(requests, parts, adapters, lora_moe_config_file, solver, ema, merged)
     pair: list[Path | None] = [*adapters] or [None]
+    if quantised is not None:
+        format_of(quantised)
+    streamed = _stream(stream, quantised, place, parts, requests, merged or compiled)
     pipeline = LoRAMoEInference(
         task,
         parts.dit,
@@ -174,6 +190,8 @@ def generate(
         any_base=any_base,
         merged=merged,
         compiled=compiled,
+        stream=streamed,
+        quantised=quantised,
         vae_tiling=vae_tiling,
         fold_timestep=fold_timestep,
         first_frame=None if classifier is None else _classifier(classifier, place, adapters),
@@ -182,6 +200,49 @@ def generate(
     for number, request in enumerate(requests, 1):
         label = "generate" if len(requests) == 1 else f"{number} of {len(requests)}"
         _run(pipeline, request | {"solver": solver, "ema": ema}, label)
+
+
+def _stream(
+    asked: str,
+    quantised: str | None,
+    place: torch.device,
+    parts: _Parts,
+    requests: Sequence[Mapping[str, Any]],
+    fixed: bool,
+) -> int | None:
+    """How many blocks stream: as asked, or what is fastest for the largest request in the card's free memory.
+
+    fixed: the blocks have to stay on the card as they are.
+    """
+    import torch
+
+    from ..moe_lora.adapter import AdapterConfig
+    from ..moe_lora.wan.codec import latent_shape
+    from ..moe_lora.wan.weights import read_dit_config
+    from ..train.planner import Job, Planner, card_here
+
+    if asked == "none":
+        return None
+    if asked != "auto":
+        try:
+            return int(asked)
+        except ValueError:
+            raise WanmoeError(f"--stream {asked!r}: give a number of blocks, none or auto") from None
+    if place.type != "cuda" or fixed:
+        return None
+    latent = max((latent_shape(r["num_frames"], *r["video_size"]) for r in requests), key=math.prod)
+    models = 1 if parts.dit_high_noise is None else 2
+    config = read_dit_config(parts.dit)[0]
+    blocks = min(AdapterConfig().blocks, config.num_layers)
+    adapter = AdapterConfig(blocks=blocks, ffn_blocks=min(AdapterConfig().ffn_blocks, blocks))
+    job = Job(str(parts.dit), config, models, adapter, (), latent, forwards=2)
+    card = card_here(place)
+    free = torch.cuda.mem_get_info(place)[0]
+    # CUDA has taken its own part of what is free already.
+    planner = Planner(job, replace(card, memory=min(card.memory, free)))
+    chosen = planner.fit((quantised,))[0].settings
+    _log.info("%s (the fastest in %.1f GB, modelled)", chosen.describe(config.num_layers), free / 1e9)
+    return None if chosen.park else chosen.stream
 
 
 def _classifier(path: Path, place: torch.device, adapters: Sequence[Path]) -> Callable[[Tensor], Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import mmap
 import re
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -97,7 +98,11 @@ def pin(flat: Tensor) -> bool:
             flat.nbytes / 1e9,
             error,
         )
-    return not int(error)
+        return False
+    # Another mapping may come to lie there.
+    gone = weakref.finalize(flat.untyped_storage(), torch.cuda.cudart().cudaHostUnregister, flat.data_ptr())
+    gone.atexit = False
+    return True
 
 
 class BlockStore:
@@ -178,6 +183,14 @@ class BlockStore:
         parameter = nn.Parameter(standing, requires_grad=False)
         self._placed[id(parameter)] = (block, piece)
         return parameter
+
+    def describe_error(self) -> str:
+        """What its format costs the weights that this process has packed, in words."""
+        worst, error = max(self.errors, key=lambda one: one[1])
+        mean = sum(error for _, error in self.errors) / len(self.errors)
+        return (
+            f"in {self.format.name}: relative error of its weights {mean:.2%}, at most {error:.2%} ({worst})"
+        )
 
     def take_over(self, blocks: Sequence[nn.Module]) -> list[list[tuple[nn.Module, str, Piece]]]:
         """(module, attribute, piece) of every tensor, by block; from now on they are plain attributes, and no

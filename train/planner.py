@@ -290,13 +290,14 @@ class Planner:
         if settings.checkpointing:
             backward += forward
         first = job.adapter.block_indices(base.blocks)[0]
-        streamed, rate = spread(settings.stream, first, base.blocks), card.link
+        tail = first if job.trains else base.blocks
+        streamed, rate = spread(settings.stream, tail, base.blocks), card.link
         if settings.stage == 3:
             streamed, rate = frozenset(range(base.blocks)), card.fabric * job.ranks / max(job.ranks - 1, 1)
         one = step_time(
             base.block,
             base.blocks,
-            first if job.trains else base.blocks,
+            tail,
             streamed,
             settings.slots,
             rate,

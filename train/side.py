@@ -216,12 +216,7 @@ class Side:
     def describe_loading(self) -> str | None:
         """What its ranks read of the base; a collective. None where the base was loaded whole."""
         if self.store is not None and self.store.errors:
-            worst, error = max(self.store.errors, key=lambda one: one[1])
-            mean = sum(error for _, error in self.store.errors) / len(self.store.errors)
-            return (
-                f"base{self.label} in {self.store.format.name}: relative error of its weights {mean:.2%}, at "
-                f"most {error:.2%} ({worst})"
-            )
+            return f"base{self.label} {self.store.describe_error()}"
         loaded = None if self.shards is None else self.shards.loaded
         if loaded is None:
             return None

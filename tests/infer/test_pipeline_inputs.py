@@ -153,7 +153,9 @@ def job(model: LoRAMoEInference, frames: int, size: tuple[int, int], guidance: o
 def card(inference: LoRAMoEInference, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """card(free GB): the pipeline is told of a card of 80 GB, and that a clip takes 10 GB and 0.8 beside."""
     monkeypatch.setattr(inference, "device", torch.device("cuda"))
-    monkeypatch.setattr(pipeline, "needs", lambda *given: Needs(0, int(given[5] * 10e9), 10**9, 0))
+    monkeypatch.setattr(
+        pipeline, "needs", lambda *given, clips, **more: Needs(0, 0, int(clips * 10e9), 10**9)
+    )
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _device: 0)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 0)
 
@@ -178,7 +180,9 @@ def test_a_card_that_is_too_small_is_said_before_the_first_step(
     inference: LoRAMoEInference, card: Callable[[float], None]
 ) -> None:
     card(10.7)
-    with pytest.raises(WanmoeError, match=r"modelled need on the card 10.8 GB.* 10.7 of 80 GB are free"):
+    with pytest.raises(
+        WanmoeError, match=r"needed on the card 10.8 GB.* 10.7 of 80 GB are free; let .*--stream"
+    ):
         inference._fits_batched(job(inference, 81, (720, 1280)))
 
 
@@ -215,3 +219,59 @@ def test_the_router_of_an_i2v_adapter_reads_the_first_frame(
     picture = to_model(read_image(files / "image.png", (32, 48))[None])
     torch.testing.assert_close(frames[0], load_vae("haar").encode(picture[None]))
     assert gates[0] != gates[1]
+
+
+# ------------------------------------------------------------------------------------- blocks that stream
+
+
+def both_sides(files: Path, **more: object) -> LoRAMoEInference:
+    given = {"dit_high_noise_path": files / "high.safetensors", "any_base": True} | MODEL | more
+    return LoRAMoEInference(
+        "t2v", files / "low.safetensors", lora_moe_weights=files / "adapter.safetensors", **given
+    )
+
+
+@pytest.fixture(scope="module")
+def truth(files: Path) -> torch.Tensor:
+    return both_sides(files).generate("hook", **FAST | {"guidance_scale": 3.0})
+
+
+@pytest.mark.parametrize("stream", [0, 1, 3, 8])
+def test_streamed_blocks_make_the_same_video_with_both_noise_experts(
+    files: Path, truth: torch.Tensor, stream: int
+) -> None:
+    model = both_sides(files, stream=stream)
+    for _ in range(2):  # the second begins where the first ended
+        assert torch.equal(model.generate("hook", **FAST | {"guidance_scale": 3.0}), truth)
+    held = [side.dit.streamed for side in model.sides.values()]
+    assert all((one is not None) == bool(stream) for one in held)
+    assert len({id(one.ring) for one in held if one is not None}) == bool(stream)
+
+
+def test_a_quantised_model_says_its_error_and_makes_nearly_the_same(
+    files: Path, truth: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "wanmoe")
+    video = both_sides(files, quantised="fp8", stream=2).generate("hook", **FAST | {"guidance_scale": 3.0})
+    assert 0 < (video.float() - truth.float()).abs().mean() < 0.05 * truth.float().std()
+    said = [
+        record.message for record in caplog.records if "relative error of its weights 2." in record.message
+    ]
+    assert [line.split()[0] for line in said] == ["low-noise", "high-noise"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"stream": 9}, "stream 9: the model has 8 blocks; give 0 to as many"),
+        ({"stream": -1}, "stream -1: the model has 8 blocks"),
+        ({"stream": 2, "merged": True}, "leave merged out, or stream and quantised"),
+        ({"quantised": "int8", "compiled": True}, "leave compiled out, or stream and quantised"),
+        ({"quantised": "int3"}, "unknown format 'int3'"),
+    ],
+)
+def test_what_does_not_go_with_streamed_blocks_is_one_line(
+    files: Path, given: dict[str, object], said: str
+) -> None:
+    with pytest.raises(WanmoeError, match=said):
+        both_sides(files, **given)

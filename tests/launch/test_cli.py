@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import typer
 
-from wanmoe.launch import cli
+from wanmoe.launch import cli, generate
 from wanmoe.moe_lora import AdapterConfig, attach, save_adapter
 from wanmoe.moe_lora.video import read_metadata, read_video, write_video
 from wanmoe.moe_lora.wan import codec, text
@@ -32,6 +34,7 @@ OPTIONS = {
     "launch": "hostfile no-ssh node-rank slurm include master-addr master-port ranks restarts",
     "launch train": "config machine",
     "launch doctor": "config fake",
+    "plan": "config machine generate card fit pcie host ranks model size frames clips out",
     "train-classifier": "shards out config space vae steps batch lr seed device",
     "train-detector": "shards out steps batch lr seed device",
     "track-sync": "run",
@@ -40,7 +43,7 @@ OPTIONS = {
     "lora-moe-weights lora-moe-config-file fold-timestep lora instrument-hint mix schedule ema "
     "image-path last-image-path num-frames video-size num-steps guidance-scale "
     "guidance-scale-high-noise flow-shift solver sample-solver negative-prompt alpha-base "
-    "alpha-expert seed device dtype merged compile vae-tiling any-base classifier",
+    "alpha-expert seed device dtype merged compile stream quantised vae-tiling any-base classifier",
     "convert": "to out instrument mix alpha-base alpha-expert rank dit dit-high-noise any-base base config "
     "lora-moe-config-file fold-timestep noise-expert dtype",
     "inspect": "json hash lora-moe-config-file",
@@ -264,11 +267,52 @@ def test_the_dtype_is_asked_for_or_said(monkeypatch, capsys, caplog, work, words
 
     monkeypatch.setattr("wanmoe.infer.LoRAMoEInference", Pipeline)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(device == "cuda"))
+    card(monkeypatch, 24)
     caplog.set_level("INFO", logger="wanmoe")
     common = ("--dit", work / "base.safetensors", "--vae", "haar", "--text", "hash", "--prompt", "hook")
     code, _ = run(monkeypatch, capsys, "generate", *common, *words)
     assert code == 0 and given["dtype"] is expected and given["device"] == torch.device(device)
     assert ("bf16, the default on cuda" in caplog.text) == (device == "cuda" and not words)
+
+
+def card(monkeypatch, free):
+    """A 4090 with so many GB that are free, as far as torch tells."""
+    properties = SimpleNamespace(name="NVIDIA GeForce RTX 4090", total_memory=25 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 10**9, 25 * 10**9))
+
+
+@pytest.mark.parametrize(
+    ("asked", "place", "sides", "free", "fixed", "expected"),
+    [
+        ("none", "cuda", 2, 24, False, None),
+        ("12", "cuda", 2, 24, False, 12),
+        ("12", "cpu", 2, 24, False, 12),
+        ("auto", "cpu", 2, 24, False, None),
+        ("auto", "cuda", 2, 24, True, None),
+        ("auto", "cuda", 2, 23, False, 27),
+        ("auto", "cuda", 2, 16, False, 32),
+        ("auto", "cuda", 1, 16, False, 23),
+        ("auto", "cuda", 1, 4, False, 40),
+    ],
+)
+def test_as_many_blocks_stream_as_the_largest_request_needs(
+    monkeypatch, asked, place, sides, free, fixed, expected
+):
+    """On a 4090 of A14B's sizes."""
+    config = WanConfig.preset("t2v-A14B")
+    monkeypatch.setattr("wanmoe.moe_lora.wan.weights.read_dit_config", lambda path: (config, "original"))
+    card(monkeypatch, free)
+    files = [Path("dit"), Path("high") if sides == 2 else None, Path("vae"), Path("text"), None, None]
+    requests = [{"num_frames": 17, "video_size": (64, 64)}, {"num_frames": 81, "video_size": (256, 256)}]
+    found = generate._stream(asked, None, torch.device(place), generate._Parts(*files), requests, fixed)
+    assert found == expected
+
+
+def test_a_number_of_blocks_that_is_none_is_one_line(monkeypatch, capsys, work):
+    common = ("--dit", work / "base.safetensors", "--vae", "haar", "--text", "hash", "--prompt", "hook")
+    code, line = run(monkeypatch, capsys, "generate", *common, "--stream", "many")
+    assert code == 2 and "--stream 'many': give a number of blocks, none or auto" in line
 
 
 def test_bf16_generates_on_the_cpu(monkeypatch, capsys, work, tmp_path):

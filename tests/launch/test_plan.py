@@ -95,7 +95,10 @@ def test_generation_is_planned_too():
         (["--fit", "24GB", "--frames", 80], "frames must be 4n+1; nearest is 81"),
         (["--fit", "4GB"], "nothing fits into 4 GB: the least on a card is"),
         (["--card", "16GB", "--ring.blocks", 2], "do not fit into 16; see --fit 16GB"),
-        (["--card", "24GB", "--train.stage", "pretrain"], "not for stage pretrain"),
+        (
+            ["--card", "24GB", "--train.stage", "pretrain"],
+            "and for generation; stage pretrain trains the base",
+        ),
         (["--card", "24GB", "--train.sequence_parallel", 2], "--ranks 1 does not divide by"),
     ],
 )
@@ -107,7 +110,9 @@ def test_what_cannot_be_planned_is_one_line(words, said, tmp_path, monkeypatch):
 
 def test_missing_weights_name_the_way_to_plan_without_them(config):
     config.write_text(config.read_text().replace('"model.', '"nowhere.'))
-    assert "give --model t2v-A14B to plan without the weights" in refused("--config", config, "--card", "24GB")
+    assert "give --model t2v-A14B to plan without the weights" in refused(
+        "--config", config, "--card", "24GB"
+    )
     found = run("--config", config, "--card", "24GB", "--model", "t2v-1.3B")
     assert "t2v-1.3B, training base, experts" in found.output
 
@@ -149,7 +154,9 @@ def test_training_that_runs_out_of_memory_says_where_it_went_and_what_to_try(con
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: Properties)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 23 * GB)
-    with pytest.raises(WanmoeError, match=r"CUDA out of memory; try --train.checkpointing true --ring.blocks 1\d$") as raised:
+    with pytest.raises(
+        WanmoeError, match=r"CUDA out of memory; try --train.checkpointing true --ring.blocks 1\d$"
+    ) as raised:
         train.start(Path(config), [], None)
     told = capsys.readouterr().err
     assert "NVIDIA GeForce RTX 4090: 24.1 GB, 165 TFLOP/s" in told
