@@ -24,13 +24,13 @@ gpu: links  ## every GPU test, the tuner and the benchmark in less than 8 minute
 	$(if $(WHEELS),$(PYTHON) -m pip install -q --no-index --no-deps --upgrade --target .gpu $(WHEELS)/*.whl)
 	PYTHONPATH="$(CURDIR)/.types:$(CURDIR)/.gpu" $(PYTHON) -m wanmoe.kernels.bench.gpu --out $(or $(OUT),gpu-results)
 
-# What `wanmoe bench block` imports besides torch, triton, numpy, matplotlib and what these bring, and pytest-xdist.
+# What `wanmoe bench block` and `bench ring` import besides torch, triton, numpy, matplotlib and what these bring, and pytest-xdist.
 gpu-wheels:  ## the wheels that make gpu wants besides torch, for WHEELS=folder; FOR=3.13 is the Python that will run
 	$(PYTHON) -m pip download --no-deps --only-binary=:all: --python-version $(or $(FOR),3.12) -c constraints.txt \
-	  -d $(or $(WHEELS),wheels) accelerate annotated-doc annotated-types anyio certifi charset-normalizer diffusers \
-	  execnet ftfy h11 httpcore2 httpx2 huggingface-hub idna peft psutil pydantic pydantic-core pytest-xdist pyyaml \
-	  regex requests safetensors shellingham tokenizers tqdm transformers truststore typer typing-extensions \
-	  typing-inspection urllib3 wcwidth
+	  -d $(or $(WHEELS),wheels) accelerate aiohappyeyeballs aiohttp aiosignal annotated-doc annotated-types anyio attrs \
+	  certifi charset-normalizer diffusers execnet frozenlist fsspec ftfy h11 httpcore2 httpx2 huggingface-hub idna \
+	  multidict peft propcache psutil pydantic pydantic-core pytest-xdist pyyaml regex requests safetensors shellingham \
+	  tokenizers tomli-w tqdm transformers truststore typer typing-extensions typing-inspection urllib3 wcwidth yarl
 
 links:  # wanmoe as an import without an installation
 	@mkdir -p .types/wanmoe && for room in $(ROOMS); do ln -sfn "../../$$room" ".types/wanmoe/$$room"; done

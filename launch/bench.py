@@ -208,6 +208,20 @@ def engine(
     typer.echo("\n\n".join([*tables(result), f"wrote {path}"]))
 
 
+@app.command()
+def ring(out: Out = None, device: Device = None) -> None:
+    """Blocks that stream against blocks that stay, training and generation, measured beside planned: A14B
+    with random weights, held to 24 and 16 GB of the card; on the CPU the tiny model."""
+    from ..kernels.bench.benchmark import default_folder
+    from .bench_ring import CPU, GPU, bench_ring, table, write_result
+
+    place = chosen_device(device)
+    setting = GPU if place.type == "cuda" else CPU
+    result = bench_ring(place, setting, argv=["wanmoe", *sys.argv[1:]], say=typer.echo)
+    path = write_result(result, out or default_folder(place))
+    typer.echo(f"{table(result)}\nwrote {path}")
+
+
 def parse_grids(text: str, option: str = "--tokens") -> list[tuple[int, int, int]]:
     """ "21x16x16,21x30x52" -> grids of F, H, W; raises WanmoeError for anything else."""
     grids = []

@@ -241,7 +241,7 @@ def _stream(
     # CUDA has taken its own part of what is free already.
     planner = Planner(job, replace(card, memory=min(card.memory, free)))
     chosen = planner.fit((quantised,))[0].settings
-    _log.info("%s (the fastest in %.1f GB, modelled)", chosen.describe(config.num_layers), free / 1e9)
+    _log.info("%s (the fastest in %.1f GB, modelled)", chosen.describe(job), free / 1e9)
     return None if chosen.park else chosen.stream
 
 

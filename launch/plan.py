@@ -31,7 +31,8 @@ def plan(
     machine: Annotated[str | None, typer.Option(help="Preset of a machine, as for train.")] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Plan generation, not training.")] = False,
     card: Annotated[
-        str | None, typer.Option(help="The run as configured on this card: 24GB, or a name such as a100-80g.")
+        str | None,
+        typer.Option(help="The run as configured on this card: 24GB, a name such as a100-80g, or cpu."),
     ] = None,
     fit: Annotated[str | None, typer.Option(help="The fastest settings that fit this card.")] = None,
     pcie: Annotated[
@@ -66,7 +67,7 @@ def plan(
     read = [load_config(file, context.args, machine) for file in files[: 1 if generate else None]]
     if config is None and model is None:
         model = "t2v-A14B"
-    jobs = [job_of(one, model, size, frames, ranks, generate) for one in read]
+    jobs = [job_of(one, model, size, frames, ranks, generate, kind.is_host) for one in read]
     planner = Planner(jobs[0], kind)
     if fit is None and not generate:
         found = [planner.needs(settings_of(read[0], planner))]
@@ -97,6 +98,7 @@ def job_of(
     frames: int | None,
     ranks: int,
     generate: bool = False,
+    host: bool = False,
 ) -> Job:
     """What a config asks of a card.
 
@@ -104,10 +106,13 @@ def job_of(
         model: name of the sizes; None takes those of the config's weights.
         size, frames: of a clip in pixels; None takes the largest of the config's shards, if they are there.
         ranks: of the job, on one machine.
+        host: on the CPU, where "auto" is fp32.
 
     Raises:
         WanmoeError: the weights are not there, the stage is pretrain, or the sizes are none of a clip.
     """
+    import torch
+
     from ..moe_lora.adapter_file import read_adapter_info
     from ..moe_lora.wan.codec import latent_shape
     from ..moe_lora.wan.config import WanConfig
@@ -140,6 +145,7 @@ def job_of(
     shared = 1 if generate else config.train.sequence_parallel
     if ranks % shared:
         raise WanmoeError(f"--ranks {ranks} does not divide by train.sequence_parallel = {shared}")
+    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and not host)
     forwards = 2 if generate else with_accumulation(config, ranks // shared).train.accumulation
     return Job(
         model or str(weights or config.model.preset),
@@ -152,6 +158,7 @@ def job_of(
         forwards,
         ranks,
         shared,
+        torch.bfloat16 if bf16 else torch.float32,
     )
 
 
@@ -181,15 +188,18 @@ def describe(planner: Planner, needs: Needs, measured: Mapping[str, float] | Non
     what = "generation" if not job.trains else f"training {', '.join(job.parts)}"
     lines = [
         f"{job.name}{' x 2' if job.models == 2 else ''}, {what}: {job.clip}, {job.tokens} tokens a clip",
-        f"{card.name}: {card.memory / GB:.3g} GB, {card.flops / 1e12:.0f} TFLOP/s, "
-        f"{card.bandwidth / 1e12:.1f} TB/s, {card.link / GB:g} GB/s from the host; "
+        f"{card.name}: {card.memory / GB:.3g} GB, {card.flops / 1e12:.3g} TFLOP/s, "
+        f"{card.bandwidth / 1e12:.2g} TB/s, {card.link / GB:.3g} GB/s from the host; "
         f"{_counted(job.ranks, 'rank')}",
-        f"settings: {needs.settings.describe(job.config.num_layers)}",
+        f"settings: {needs.settings.describe(job)}",
         "",
     ]
     wide = max(map(len, [*needs.held, *needs.phases, *needs.host])) + 4
     row = f"  {{:<{wide}}}{{:6.2f}}".format
-    lines += ["GB on a card", *(row(name, size / GB) for name, size in needs.held.items())]
+    lines += [
+        "GB of a rank" if card.is_host else "GB on a card",
+        *(row(name, size / GB) for name, size in needs.held.items()),
+    ]
     lines += ["beside it, the highest of", *(row(name, size / GB) for name, size in needs.phases.items())]
     lines += [row("peak", needs.peak / GB) + f" of {card.memory / GB:.3g}"]
     lines += [row(name, size / GB) for name, size in (measured or {}).items()]
@@ -230,7 +240,7 @@ def _line(needs: Needs, job: Job) -> str:
     host = sum(needs.host.values()) / GB
     return (
         f"  {needs.peak / GB:6.1f} GB, {host:5.1f} on the host, {needs.seconds:7.3g} s a step: "
-        f"{needs.settings.describe(job.config.num_layers)}"
+        f"{needs.settings.describe(job)}"
     )
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
+import psutil
 import torch
 
 from ..moe_lora import WanmoeError
@@ -34,6 +37,8 @@ PASSES = 40
 WORTH = 1.05
 # Bytes of Wan's VAE in fp32.
 VAE = 507_570_124
+# Bytes of a rank on the CPU before it has a model, with the heaps of its threads: measured.
+PROCESS = 570_000_000
 # Blocks that ZeRO-3 holds whole at once: the one that computes and those on their way.
 GATHERED = 3
 
@@ -54,6 +59,10 @@ class Card:
     fabric: float = 20e9
     """Bytes a second from the other cards of its machine."""
 
+    @property
+    def is_host(self) -> bool:
+        return self.name == "cpu"
+
 
 # A100 and H100: measured once; the others by their data sheets.
 CARDS = {
@@ -69,18 +78,21 @@ CARDS = {
 
 
 def card_of(text: str, link: float | None = None) -> Card:
-    """A card by its name in `CARDS`, or by its memory, "24GB": the smallest of these with so much, cut to it.
+    """A card by its name in `CARDS`, the CPU of this machine by "cpu", or a card by its memory, "24GB": the
+    smallest of these with so much, cut to it.
 
     link: bytes a second from pinned host memory, where it is known. Raises WanmoeError for another text.
     """
-    card = CARDS.get(text)
+    card = this_host() if text == "cpu" else CARDS.get(text)
     if card is None:
         try:
             memory = float(text.upper().removesuffix("GB")) * GB
         except ValueError:
             memory = math.nan
         if not memory > 0:
-            raise WanmoeError(f"no card {text!r}: give a size such as 24GB, or one of {', '.join(CARDS)}")
+            raise WanmoeError(
+                f"no card {text!r}: give a size such as 24GB, or one of {', '.join(CARDS)}, cpu"
+            )
         larger = [card for card in CARDS.values() if card.memory >= memory]
         if not larger:
             most = max(CARDS.values(), key=lambda card: card.memory)
@@ -96,6 +108,26 @@ def card_here(device: torch.device) -> Card:
     of_name = [card for card in CARDS.values() if card.name.split("-")[0].upper() in found.name.upper()]
     like = min(of_name or CARDS.values(), key=lambda card: abs(card.memory - found.total_memory))
     return replace(like, name=found.name, memory=int(FULL * found.total_memory))
+
+
+def this_host() -> Card:
+    """The CPU as a card: its memory, and its rates as they are measured now, in a second or two."""
+    a = torch.randn(1024, 1024)
+    flops = 2 * 1024**3 / _fastest(lambda: a @ a)
+    large = torch.empty(64 * 2**20, dtype=torch.uint8)
+    copied = large.nbytes / _fastest(large.clone)
+    memory = int(FULL * psutil.virtual_memory().total)
+    return Card("cpu", memory, flops, 2 * copied, copied, copied)
+
+
+def _fastest(call: Callable[[], object]) -> float:
+    """Seconds."""
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 @dataclass(frozen=True)
@@ -120,6 +152,8 @@ class Job:
     """On a machine."""
     shared: int = 1
     """Ranks that share a clip."""
+    dtype: torch.dtype = torch.bfloat16
+    """That is computed in."""
 
     @property
     def tokens(self) -> int:
@@ -150,8 +184,10 @@ class Settings:
     """Blocks of each model that come from the host."""
     slots: int = 2
 
-    def describe(self, blocks: int) -> str:
-        words = [self.quantised or "bf16"]
+    def describe(self, job: Job) -> str:
+        """In words."""
+        blocks = job.config.num_layers
+        words = [self.quantised or ("fp32" if job.dtype == torch.float32 else "bf16")]
         words += ["the tail computed again"] * self.checkpointing
         words += ["shards (ZeRO-3)"] * (self.stage == 3)
         words += ["the idle model in host memory"] * self.park
@@ -218,7 +254,10 @@ class Planner:
         held["adapters, fp32"] = 4 * adapters * job.models
         if job.trains:
             held["their gradients and optimizer"] = STATE_BYTES * trained * job.models
-        held["CUDA and its libraries"] = CONTEXT
+        if self.card.is_host:
+            held["Python, torch, DeepSpeed and their threads"] = PROCESS
+        else:
+            held["CUDA and its libraries"] = CONTEXT
         beside = self._activations(settings.checkpointing)
         if job.trains:
             phases = {"prefix": beside.prefix, "tail, forward": beside.forward, "backward": beside.backward}
@@ -228,7 +267,9 @@ class Planner:
             phases = {"denoising": beside.peak}
             phases["decoding, with the VAE"] = VAE + decoding(4 * frames - 3, 8 * height, 8 * width)
         host = {}
-        if settings.stream:
+        if settings.stream and self.card.is_host:  # they wait where the rest is
+            held["blocks that stream"] = job.models * settings.stream * base.block
+        elif settings.stream:
             host["blocks that stream, pinned"] = job.models * settings.stream * base.block
         if settings.park:
             host["models that wait, pinned"] = job.models * base.whole
@@ -260,7 +301,7 @@ class Planner:
             raise WanmoeError(
                 f"nothing fits into {memory / GB:.3g} GB{_of_host(host)}: the least on a card is "
                 f"{least.peak / GB:.3g} GB, with {sum(least.host.values()) / GB:.3g} GB of the host "
-                f"({least.settings.describe(self.job.config.num_layers)}); take smaller or shorter clips, or "
+                f"({least.settings.describe(self.job)}); take smaller or shorter clips, or "
                 "a larger card"
             )
         fitting.sort(key=lambda one: one.seconds)
@@ -310,18 +351,20 @@ class Planner:
 
     def beside(self, checkpointing: bool) -> int:
         """Bytes that a step takes beside weights and optimizer."""
-        return self._activations(checkpointing).peak // self.job.shared + CONTEXT
+        around = PROCESS if self.card.is_host else CONTEXT
+        return self._activations(checkpointing).peak // self.job.shared + around
 
     def base(self, quantised: str | None) -> Base:
         """One model, held in a format."""
         if quantised not in self._bases:
-            self._bases[quantised] = base_of(self.job.config, torch.bfloat16, FORMATS[quantised or "bf16"])
+            self._bases[quantised] = base_of(self.job.config, self.job.dtype, FORMATS[quantised or "bf16"])
         return self._bases[quantised]
 
     def _activations(self, checkpointing: bool) -> Activations:
         job = self.job
         adapter = job.adapter.model_dump_json()
-        return _counted(job.config, adapter, job.parts, job.latent, job.clips, checkpointing)
+        on = not self.card.is_host
+        return _counted(job.config, adapter, job.parts, job.latent, job.clips, checkpointing, job.dtype, on)
 
     @cached_property
     def elements(self) -> tuple[int, int]:
@@ -341,10 +384,13 @@ def _counted(
     latent: tuple[int, int, int],
     clips: int,
     checkpointing: bool,
+    dtype: torch.dtype,
+    card: bool,
 ) -> Activations:
     """A dry run takes a second or two; `adapter` is JSON, for it has no hash."""
     known = AdapterConfig.model_validate_json(adapter)
-    return activations(config, known, parts, latent, clips=clips, checkpointing=checkpointing)
+    more: dict[str, Any] = {"dtype": dtype, "checkpointing": checkpointing, "card": card}
+    return activations(config, known, parts, latent, clips=clips, **more)
 
 
 def _of_host(host: float) -> str:

@@ -31,6 +31,7 @@ GRACE_S = 15.0
 LAUNCH_NEEDS = ("ftfy", "pydantic", "safetensors", "tqdm", "typer")
 """What the command line imports besides torch and numpy."""
 BLOCK_NEEDS = (*LAUNCH_NEEDS, "accelerate", "diffusers", "huggingface_hub", "peft", "transformers")
+RING_NEEDS = (*LAUNCH_NEEDS, "aiohttp", "fsspec", "psutil", "tomli_w")
 ENGINE_NEEDS = (*LAUNCH_NEEDS, "av", "cv2", "deepspeed", "psutil", "tomli_w")
 
 
@@ -70,13 +71,15 @@ def steps(out: Path) -> list[Step]:
     bench = ("-m", "wanmoe.kernels.bench") if _missing(LAUNCH_NEEDS) else ("-m", "wanmoe.launch", "bench")
     block = ("-m", "wanmoe.launch", "bench", "block", "--out", str(out))
     engine = ("-m", "wanmoe.launch", "bench", "engine", "--parts", "speed,prefix", "--quick", "--out")
+    ring = ("-m", "wanmoe.launch", "bench", "ring", "--out")
     return [
-        Step("build", (python, "-m", "wanmoe.kernels.cuda_library"), 60),
+        Step("build", (python, "-m", "wanmoe.kernels.cuda_library"), 50),
         Step("tests", (python, *tests, f"--junitxml={out / 'tests.xml'}"), 100, ("pytest",)),
-        Step("tune", (python, "-m", "wanmoe.kernels.bench.tune", *tuned), 70),
-        Step("linear", (python, *bench, "--suite", "quick", "--out", str(out)), 120),
-        Step("block", (python, *block), 50, BLOCK_NEEDS),
-        Step("engine", (python, *engine, str(out)), 70, ENGINE_NEEDS),
+        Step("tune", (python, "-m", "wanmoe.kernels.bench.tune", *tuned), 55),
+        Step("linear", (python, *bench, "--suite", "quick", "--out", str(out)), 90),
+        Step("block", (python, *block), 45, BLOCK_NEEDS),
+        Step("engine", (python, *engine, str(out)), 60, ENGINE_NEEDS),
+        Step("ring", (python, *ring, str(out)), 70, RING_NEEDS),
     ]
 
 

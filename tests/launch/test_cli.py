@@ -50,6 +50,7 @@ OPTIONS = {
     "demo": "out clips ranks seed",
     "bench": "suite rows variants out device",
     "bench block": "tokens preset compiled out device",
+    "bench ring": "out device",
     "bench data": "samples latent tokens workers rounds scratch out",
     "bench engine": "parts ranks quick out device",
     "bench recipes": "rows seeds out jobs",

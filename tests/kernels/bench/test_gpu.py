@@ -74,7 +74,7 @@ def test_an_interrupted_step_can_write_what_it_has_and_its_processes_end_with_it
 
 def test_the_shares_fit_into_the_total_and_the_total_below_eight_minutes(tmp_path):
     wanted = gpu.steps(tmp_path)
-    assert [step.name for step in wanted] == ["build", "tests", "tune", "linear", "block", "engine"]
+    assert [step.name for step in wanted] == ["build", "tests", "tune", "linear", "block", "engine", "ring"]
     assert sum(step.least_s for step in wanted) <= gpu.TOTAL_S < 8 * 60
     assert all(step.least_s > gpu.GRACE_S for step in wanted)
 
@@ -102,7 +102,7 @@ def test_the_tests_step_runs_every_gpu_test_but_those_that_are_named(tmp_path):
 def test_the_wheels_that_a_step_needs_are_in_the_makefile():
     target = re.search(r"^gpu-wheels:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     wheels = set(target[1].replace("\\\n", " ").split())
-    assert {name.replace("_", "-") for name in gpu.BLOCK_NEEDS} <= wheels
+    assert {name.replace("_", "-") for name in (*gpu.BLOCK_NEEDS, *gpu.RING_NEEDS)} <= wheels
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
