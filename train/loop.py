@@ -277,7 +277,8 @@ class Trainer:
             bar.update()
             bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
             if self._logs(side):
-                side.watch.log(self.step, values | side.pace.take() | side.meter.reduce())
+                waits = {"ring/wait_s": self.ring.copies.stall()} if self.plan.stream else {}
+                side.watch.log(self.step, values | waits | side.pace.take() | side.meter.reduce())
             ended = self.step == self.steps
             due = ended or bool(config.val_every and self.step % config.val_every == 0)
             # Who is told to stop has little time: the validation of this step is the next start's.

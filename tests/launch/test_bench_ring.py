@@ -24,8 +24,8 @@ def test_every_row_is_measured_beside_its_plan(tmp_path):
     for row in rows:
         assert row["seconds"] > 0 and row["planned_seconds"] > 0 and len(row["all_seconds"]) == 4
         assert (row["copied"] > 0) == (row["stream"] > 0) and row["peak"] is None
-    # Each of six streamed blocks comes once, those of the tail twice but for what the slots still hold; what was
-    # brought ahead for a model gives way to the other.
+    # Each of six streamed blocks comes once, those of the tail twice but for what the slots still hold; what
+    # was brought ahead for a model gives way to the other.
     assert 6 <= rows[1]["blocks_copied"] <= 8 and 6 <= rows[3]["blocks_copied"] <= 8
     assert found.output.count("| training |") == found.output.count("| generation |") == 2
 

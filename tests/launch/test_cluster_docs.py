@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from wanmoe.launch import cli, doctor, train
@@ -12,7 +13,7 @@ from wanmoe.launch.bench_engine import _stage_b
 from wanmoe.launch.bench_engine_bytes import meta_model, model_bytes
 from wanmoe.launch.config import Config, machine_preset
 from wanmoe.moe_lora import AdapterConfig
-from wanmoe.moe_lora.needs import Base
+from wanmoe.moe_lora.needs import CONTEXT, activations, base_of
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.train import zero
 
@@ -50,17 +51,23 @@ def test_there_are_commands_of_every_kind():
 def test_the_table_of_machines_is_what_training_would_do(monkeypatch):
     (table,) = re.findall(r"^\| machine \|.*?\n\n", PAGE, re.MULTILINE | re.DOTALL)
     model = meta_model(WanConfig.preset("t2v-A14B"), AdapterConfig(), _stage_b())
-    base, trainable = Base(2 * model.base, 0, 40), model.trains
+    base, trainable = base_of(WanConfig.preset("t2v-A14B"), torch.bfloat16), model.trains
+    assert base.whole == 2 * model.base
+    step = activations(
+        WanConfig.preset("t2v-A14B"), AdapterConfig(), ("base", "experts"), (21, 32, 32), checkpointing=True
+    )
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.strip().splitlines()[2:]]
-    assert len(rows) == 5
+    assert len(rows) == 6
     for machine, *cells in rows:
         *counts, memory = [int(number) for number in re.findall(r"\d+", machine)]
         nodes, local = counts if len(counts) == 2 else (1, counts[0])
         world = nodes * local
         monkeypatch.setenv("LOCAL_SIZE", str(local))
         for models, cell in enumerate(cells, 1):
-            plan = zero.make_plan("auto", [base] * models, trainable * models, world, memory * 10**9)
+            asked = [base] * models, trainable * models, world, memory * 10**9
+            plan = zero.make_plan("auto", *asked, beside=lambda: step.peak + CONTEXT)
             assert ("in host memory" in cell) == plan.park
+            assert (f"{plan.stream} of 40 blocks stream" in cell) == (plan.stream > 0)
             assert ("shards" in cell) == (plan.stage == 3)
             assert ("ZeRO-1" in cell) == (plan.stage == 1)
             assert ("once more within each node" in cell) == (plan.stage == 3 and nodes > 1)

@@ -50,6 +50,8 @@ def test_streamed_blocks_give_the_same_run_to_the_bit(
     ours = trained(ranks, config, tmp_path / "ring", ring={"blocks": blocks})
     same(ours, resident[checkpointing])
     assert f"{blocks} of 3 blocks stream from" in ours[2]
+    waits = [line["ring/wait_s"] for line in read_metrics(tmp_path / "ring") if "train/loss" in line]
+    assert len(waits) == STEPS and all(0 <= wait < 60 for wait in waits)
 
 
 def test_two_ranks_reduce_their_gradients_beside_the_ring(ranks, config, tmp_path):
