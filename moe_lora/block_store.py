@@ -172,10 +172,7 @@ class BlockStore:
         piece = self.layouts[block].pieces[match[2]]
         flat = self.bytes_of(block)
         if block in self.resident or block % self.memory.parts == self.memory.part:
-            value = read().to(device=flat.device, dtype=piece.dtype)
-            piece.format.pack(value, piece.stored(flat))
-            if piece.format is not PLAIN:
-                self.errors.append((name, _error(value, piece, flat)))
+            self._fill(name, read(), piece, piece.stored(flat))
         if piece.unpacked < 0:
             standing = piece.view(flat, None)
         else:  # a full shape that takes no memory
@@ -183,6 +180,18 @@ class BlockStore:
         parameter = nn.Parameter(standing, requires_grad=False)
         self._placed[id(parameter)] = (block, piece)
         return parameter
+
+    def _fill(self, name: str, value: Tensor, piece: Piece, stored: Tensor) -> None:
+        if piece.format is PLAIN:
+            piece.format.pack(value.to(stored.device, piece.dtype), stored)
+            return
+        # A card quantises 14 B weights in seconds, a CPU in minutes.
+        value = value.to(self.device, piece.dtype)
+        packed = stored if stored.device == value.device else torch.empty_like(stored, device=self.device)
+        piece.format.pack(value, packed)
+        self.errors.append((name, _error(value, piece, packed)))
+        if packed is not stored:
+            stored.copy_(packed)
 
     def describe_error(self) -> str:
         """What its format costs the weights that this process has packed, in words."""
@@ -234,8 +243,8 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGN) * _ALIGN
 
 
-def _error(value: Tensor, piece: Piece, flat: Tensor) -> float:
+def _error(value: Tensor, piece: Piece, packed: Tensor) -> float:
     back = torch.empty_like(value)
-    piece.format.unpack(piece.stored(flat), back)
+    piece.format.unpack(packed, back)
     wide = value.float()
     return float((back.float() - wide).norm() / wide.norm().clamp_min(1e-30))
