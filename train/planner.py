@@ -39,6 +39,8 @@ WORTH = 1.05
 VAE = 507_570_124
 # Bytes of a rank on the CPU before it has a model, with the heaps of its threads: measured.
 PROCESS = 570_000_000
+# Bytes of one block of umT5-xxl in bf16.
+TEXT_BLOCK = 385_896_448
 # Blocks that ZeRO-3 holds whole at once: the one that computes and those on their way.
 GATHERED = 3
 
@@ -265,6 +267,7 @@ class Planner:
         else:
             frames, height, width = job.latent
             phases = {"denoising": beside.peak}
+            phases["text encoding, its blocks streamed"] = 2 * TEXT_BLOCK
             phases["decoding, with the VAE"] = VAE + decoding(4 * frames - 3, 8 * height, 8 * width)
         host = {}
         if settings.stream and self.card.is_host:  # they wait where the rest is

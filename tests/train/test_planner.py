@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from wanmoe.moe_lora import AdapterConfig, WanmoeError, attach
+from wanmoe.moe_lora.block_store import lay_out
+from wanmoe.moe_lora.formats import PLAIN
 from wanmoe.moe_lora.needs import CONTEXT, activations
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
-from wanmoe.train.planner import CARDS, GB, VAE, Job, Planner, Settings, block_seconds, card_of
+from wanmoe.train.planner import CARDS, GB, TEXT_BLOCK, VAE, Job, Planner, Settings, block_seconds, card_of
 
 SMALL = WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=8, text_dim=64, text_len=16, freq_dim=32)
 ADAPTER = AdapterConfig(blocks=4, ffn_blocks=2)
@@ -70,6 +72,15 @@ def test_the_vae_is_as_large_as_it_is_said():
 
     with torch.device("meta"):
         assert sum(p.numel() * p.itemsize for p in AutoencoderKLWan().parameters()) == VAE
+
+
+def test_a_block_of_the_text_encoder_is_as_large_as_it_is_said():
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    xxl = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64}
+    with torch.device("meta"):
+        block = UMT5EncoderModel(UMT5Config(num_layers=1, **xxl)).bfloat16().encoder.block
+    assert lay_out(block[0], lambda name: torch.bfloat16, PLAIN).size == TEXT_BLOCK
 
 
 def test_a_block_takes_the_time_of_its_products():
