@@ -174,6 +174,19 @@ def on_device(codec: HaarCodec | WanVAE, device: torch.device) -> Iterator[Codec
         codec.to("cpu")
 
 
+def decode_anyhow(codec: Codec, latent: Tensor, tile: int) -> Tensor:
+    """The decoded latent; in tiles of so many pixels where the card has no memory for it whole: what was
+    computed for it is worth more."""
+    try:
+        return codec.decode(latent)
+    except torch.OutOfMemoryError:
+        if not isinstance(codec, WanVAE) or codec.tiled:
+            raise
+    _log.warning("the card has no memory to decode the video at once; in tiles of %d pixels then", tile)
+    codec.tile(tile)
+    return codec.decode(latent)
+
+
 def clip_of(config: WanConfig, path: PathLike | None, dit: Path) -> CLIPImageEncoder | None:
     """The image encoder of a model that takes one; raises WanmoeError where it is not given."""
     if not config.image_dim:
@@ -197,6 +210,7 @@ class PromptEncoder:
 
     def __init__(self, load: Callable[[], TextEncoder], device: torch.device = _CPU) -> None:
         self._load, self._device = load, device
+        self._streams = device.type != "cpu"
         self._encoder: TextEncoder | None = load()
         self.name, self.stand_in = self._encoder.name, self._encoder.stand_in
         self._embeddings: dict[str, Tensor] = {}
@@ -206,22 +220,21 @@ class PromptEncoder:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
         if missing:
             encoder = self._encoder or self._load()
-            if self._device.type != "cpu":
-                stream_encoder(encoder, BlockRing(self._device))
-            # One at a time: the embedding of a prompt must not depend on what it is encoded with.
-            self._embeddings |= {prompt: encode_prompts(encoder, [prompt])[0] for prompt in missing}
+            ring: BlockRing | None = None
+            if self._streams and isinstance(encoder, UMT5TextEncoder):
+                ring, stack = BlockRing(self._device), encoder.model.encoder
+                stream_blocks(list(stack.block), stack.final_layer_norm, ring)
+            try:
+                # One at a time: the embedding of a prompt must not depend on what it is encoded with.
+                self._embeddings |= {prompt: encode_prompts(encoder, [prompt])[0] for prompt in missing}
+            finally:
+                if ring is not None:
+                    ring.close()
         self._encoder = None
 
     def __getitem__(self, prompt: str) -> Tensor:
         """[n, D] of a prepared prompt."""
         return self._embeddings[prompt]
-
-
-def stream_encoder(encoder: TextEncoder, ring: BlockRing) -> None:
-    """Runs the blocks of umT5 through a ring; what stands in for it computes nothing and stays as it is."""
-    if isinstance(encoder, UMT5TextEncoder):
-        stack = encoder.model.encoder
-        stream_blocks(list(stack.block), stack.final_layer_norm, ring)
 
 
 def facts(

@@ -38,6 +38,7 @@ from .load import (
     check_stored,
     check_task,
     clip_of,
+    decode_anyhow,
     facts,
     load_model,
     on_device,
@@ -320,7 +321,7 @@ class LoRAMoEInference:
         finally:
             cast.clear()
         with torch.no_grad(), on_device(self.codec, self.device) as codec:
-            return to_frames(codec.decode(latent)[0])
+            return to_frames(decode_anyhow(codec, latent, _TILE)[0])
 
     def prepare(self, prompts: Sequence[str | None]) -> None:
         """Encodes prompts ahead, so that the text encoder is read once for all of them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -217,8 +218,9 @@ def ring(out: Out = None, device: Device = None) -> None:
 
     place = chosen_device(device)
     setting = GPU if place.type == "cuda" else CPU
-    result = bench_ring(place, setting, argv=["wanmoe", *sys.argv[1:]], say=typer.echo)
-    path = write_result(result, out or default_folder(place))
+    keep = partial(write_result, folder=out or default_folder(place))
+    result = bench_ring(place, setting, argv=["wanmoe", *sys.argv[1:]], say=typer.echo, keep=keep)
+    path = keep(result)
     typer.echo(f"{table(result)}\nwrote {path}")
 
 

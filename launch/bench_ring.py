@@ -28,7 +28,7 @@ from ..moe_lora.needs import spread
 from ..moe_lora.ring import BlockRing
 from ..moe_lora.wan.config import WanConfig
 from ..moe_lora.wan.dit import WanDiT
-from ..train.planner import GB, Job, Needs, Planner, Settings, card_here, this_host
+from ..train.planner import GB, Job, Needs, Planner, Settings, card_here
 
 FORMAT = "wanmoe-bench-ring/1"
 WARM_UP, STEPS = 2, 4
@@ -53,11 +53,17 @@ CPU = Setting("tiny", (3, 16, 16), SMALL, {"training": 0, "generation": 0}, 6)
 
 
 def bench_ring(
-    device: torch.device, setting: Setting, *, argv: list[str], say: Callable[[str], object]
+    device: torch.device,
+    setting: Setting,
+    *,
+    argv: list[str],
+    say: Callable[[str], object],
+    keep: Callable[[dict[str, Any]], object],
 ) -> dict[str, Any]:
-    """Measures the ring and returns what was found, with where and by what."""
-    card = card_here(device) if device.type == "cuda" else this_host()
-    rows = []
+    """Measures the ring and returns what was found, with where and by what; `keep` gets it row by row."""
+    card = card_here(device)
+    rows: list[dict[str, Any]] = []
+    result = {"format": FORMAT, "provenance": provenance(device, argv), "rows": rows}
     for kind in ("training", "generation"):
         parts: tuple[Any, ...] = ("base", "experts") if kind == "training" else ()
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -66,8 +72,12 @@ def bench_ring(
         planner = Planner(job, card)
         for settings, cap in _settings(planner, setting, setting.caps[kind]):
             say(f"{kind}: {settings.describe(job)}")
-            rows.append({"kind": kind} | _measure(planner, settings, cap, device))
-    return {"format": FORMAT, "provenance": provenance(device, argv), "rows": rows}
+            try:
+                rows.append({"kind": kind} | _measure(planner, settings, cap, device))
+            except torch.OutOfMemoryError as error:  # the others are worth having
+                say(f"{kind} ran out of memory: {str(error).splitlines()[0]}")
+            keep(result)
+    return result
 
 
 def _settings(planner: Planner, setting: Setting, cap: float) -> list[tuple[Settings, float]]:
@@ -122,6 +132,7 @@ def _measure(planner: Planner, settings: Settings, cap: float, device: torch.dev
         "planned_peak": _allocated(planned, gpu),
         "peak": torch.cuda.max_memory_allocated(device) if gpu else None,
     }
+    ring.close()
     del models, ring
     if gpu:
         torch.cuda.empty_cache()

@@ -115,7 +115,8 @@ def generate(
         str,
         typer.Option(
             help="So many blocks of each DiT wait in host memory and stream to the card; none: all are on "
-            "it, of two DiTs one at a time. Default: what is fastest in the card's free memory."
+            "it, of two DiTs that are not quantised one at a time. Default: what is fastest in the card's "
+            "free memory."
         ),
     ] = "auto",
     quantised: Annotated[
@@ -214,6 +215,7 @@ def _stream(
 
     fixed: the blocks have to stay on the card as they are.
     """
+    import psutil
     import torch
 
     from ..moe_lora.adapter import AdapterConfig
@@ -240,7 +242,7 @@ def _stream(
     free = torch.cuda.mem_get_info(place)[0]
     # CUDA has taken its own part of what is free already.
     planner = Planner(job, replace(card, memory=min(card.memory, free)))
-    chosen = planner.fit((quantised,))[0].settings
+    chosen = planner.fit((quantised,), psutil.virtual_memory().available)[0].settings
     _log.info("%s (the fastest in %.1f GB, modelled)", chosen.describe(job), free / 1e9)
     return None if chosen.park else chosen.stream
 

@@ -77,7 +77,7 @@ def plan(
     typer.echo(describe(planner, found[0]))
     if not generate:
         typer.echo(
-            "\nhours, modelled: "
+            "\nhours of steps, modelled: "
             + "; ".join(sorted(map(partial(_hours, kind, found[0].settings, clips), read, jobs)))
         )
     if len(found) > 1:
@@ -260,10 +260,12 @@ def _hours(card: Card, settings: Settings, clips: int | None, config: Config, jo
 
 def out_of_memory(config: Config, device: torch.device, ranks: int) -> tuple[str, str]:
     """(the plan of a run that has just run out of a card's memory with what it took, what to try next)."""
+    import psutil
     import torch
 
     from ..train.planner import Planner, card_here
 
+    host = psutil.virtual_memory().available
     planner = Planner(job_of(config, None, None, None, ranks), card_here(device))
     asked = planner.needs(settings_of(config, planner))
     taken = float(torch.cuda.max_memory_allocated(device))
@@ -273,9 +275,9 @@ def out_of_memory(config: Config, device: torch.device, ranks: int) -> tuple[str
     told = describe(planner, asked, {"measured before it ran out": taken})
     try:
         try:
-            chosen = smaller.fit((config.model.quantised,))[0].settings
+            chosen = smaller.fit((config.model.quantised,), host)[0].settings
         except WanmoeError:  # other weights are the last resort
-            chosen = smaller.fit()[0].settings
+            chosen = smaller.fit(host=host)[0].settings
     except WanmoeError as error:
         return told, str(error)
     keys = {
@@ -283,7 +285,7 @@ def out_of_memory(config: Config, device: torch.device, ranks: int) -> tuple[str
         "train.checkpointing": chosen.checkpointing != config.train.checkpointing
         and str(chosen.checkpointing).lower(),
         "ring.blocks": chosen.stream,
-        "deepspeed.zero": chosen.stage == 3 and 3,
+        "deepspeed.zero": (chosen.stage == 3 and 3) or (config.deepspeed.zero == 3 and "auto"),
     }
     words = " ".join(f"--{key} {value}" for key, value in keys.items() if value is not False)
     return told, f"try {words}"

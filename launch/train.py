@@ -57,7 +57,10 @@ def _out_of_memory(config: Config, error: Exception) -> WanmoeError:
     from .plan import out_of_memory
 
     device = torch.device("cuda", torch.cuda.current_device())
-    plan, advice = out_of_memory(config, device, int(os.environ.get("WORLD_SIZE", "1")))
-    sys.stderr.write(f"\n{plan}\n")
     first = str(error).split(". ")[0]
+    try:
+        plan, advice = out_of_memory(config, device, int(os.environ.get("WORLD_SIZE", "1")))
+    except WanmoeError:  # a stage or a job that has no plan
+        return WanmoeError(f"{first}; take a smaller data.batch, train.checkpointing = true or a larger card")
+    sys.stderr.write(f"\n{plan}\n")
     return WanmoeError(f"{first}; {advice}")

@@ -7,6 +7,7 @@ processes of a machine can share the host memory, and where there is a card it i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import re
@@ -15,9 +16,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import psutil
 import torch
 from torch import Tensor, nn
 
+from .errors import WanmoeError
 from .formats import PLAIN, Format
 
 __all__ = ["BlockStore", "Memory", "private_memory"]
@@ -80,18 +83,31 @@ class Memory:
 
 def private_memory(size: int) -> Memory:
     """Memory of this process alone, pinned where there is a card."""
+    check_room(size)
     flat = torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)
     pin(flat)
     return Memory(flat)
 
 
+def check_room(size: int) -> None:
+    """Raises WanmoeError where the host has less memory left: it would kill the process later."""
+    left = psutil.virtual_memory().available
+    if size > left:
+        raise WanmoeError(
+            f"{size / 1e9:.3g} GB of host memory for the blocks that stream, of which {left / 1e9:.3g} GB "
+            "are left; let fewer stream, or quantise the base"
+        )
+
+
 def pin(flat: Tensor) -> bool:
     """Pins memory where there is a card, to the byte: torch's own pinned memory is rounded up to a power of
     two. Where the system forbids it, which is told, copies wait for the host and are right all the same."""
-    if not torch.cuda.is_available():
+    if not (torch.cuda.is_initialized() and flat.nbytes):  # a run on the CPU of a machine with a card
         return False
     error = torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0)
     if int(error):
+        with contextlib.suppress(RuntimeError):  # CUDA keeps the error for the next call that asks
+            torch.ones(1, device="cuda").sum().item()
         _log.warning(
             "%.1f GB of host memory could not be pinned (%s): copies to the card go slower and overlap with "
             "nothing; raise `ulimit -l`",

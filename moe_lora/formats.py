@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -105,7 +106,7 @@ class NF4:
         scales.copy_(state.absmax)
 
     def unpack(self, flat: Tensor, out: Tensor) -> None:
-        from bitsandbytes.functional import QuantState, dequantize_nf4, get_4bit_type
+        from bitsandbytes.functional import QuantState, dequantize_nf4
 
         values, scales = self._parts(flat, out.shape)
         # Whole blocks: on the CPU bitsandbytes 0.50 begins a new one at each row, here and not when it packs.
@@ -116,7 +117,7 @@ class NF4:
             dtype=out.dtype,
             blocksize=self.block,
             quant_type="nf4",
-            code=get_4bit_type("nf4", device=out.device),
+            code=_nf4_code(out.device),
         )
         if out.is_cuda and out.numel() == shape.numel():
             dequantize_nf4(values[:, None], state, out=out.view(shape))
@@ -127,6 +128,15 @@ class NF4:
         blocks = -(-shape.numel() // self.block)
         scales = flat[blocks * self.block // 2 : blocks * (self.block // 2 + 4)].view(torch.float32)
         return flat[: blocks * self.block // 2], scales
+
+
+@lru_cache
+def _nf4_code(device: torch.device) -> Tensor:
+    """The quantiles, made once a device: from a list they would make the host wait for each weight."""
+    from bitsandbytes.functional import get_4bit_type
+
+    code: Tensor = get_4bit_type("nf4", device=device)
+    return code
 
 
 PLAIN = Plain()

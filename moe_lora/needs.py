@@ -25,7 +25,17 @@ from .formats import PLAIN, Format
 from .wan.config import WanConfig
 from .wan.dit import WanDiT
 
-__all__ = ["Activations", "Base", "LiveBytes", "activations", "base_of", "decoding", "on_card", "spread"]
+__all__ = [
+    "Activations",
+    "Base",
+    "LiveBytes",
+    "activations",
+    "adapter_elements",
+    "base_of",
+    "decoding",
+    "on_card",
+    "spread",
+]
 
 CONTEXT = 800_000_000
 """Bytes that CUDA itself and its libraries' work spaces take of a card."""
@@ -63,6 +73,16 @@ def base_of(config: WanConfig, dtype: torch.dtype, format: Format = PLAIN) -> Ba
         return Base(rest, block, len(dit.blocks))
     layout = lay_out(dit.blocks[0], lambda name: dtype, format)
     return Base(rest, layout.size, len(dit.blocks), layout.unpacked)
+
+
+def adapter_elements(config: WanConfig, adapter: AdapterConfig, parts: Sequence[Part]) -> tuple[int, int]:
+    """Elements of an adapter's parts, and of all of it, on one model; those of a router are few and left
+    out."""
+    with torch.device("meta"):
+        dit = WanDiT(config)
+    made = attach(dit, adapter, device="meta")
+    trained = made.parameters(part for part in parts if part != "router")
+    return sum(p.numel() for p in trained.values()), sum(p.numel() for p in made.parameters().values())
 
 
 def on_card(models: Sequence[Base], stream: int, slots: int) -> int:

@@ -12,6 +12,7 @@ import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +23,10 @@ from torch import Tensor, nn
 from .block_store import BlockStore, Piece
 
 __all__ = ["BlockRing", "Copies", "CudaCopies", "StreamedBlocks", "ThreadCopies", "Visit"]
+
+
+# Waits of which the length is remembered, of steps that are never asked for it.
+_KEPT = 4096
 
 
 class Copies(Protocol):
@@ -40,6 +45,9 @@ class Copies(Protocol):
     def stall(self) -> float:
         """Seconds for which computation was held since the last call."""
 
+    def close(self) -> None:
+        """Returns once every copy has ended; none is started after it."""
+
 
 class CudaCopies:
     """On a CUDA stream; the host never waits."""
@@ -47,7 +55,8 @@ class CudaCopies:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._held: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        # Not without an end where nobody asks.
+        self._held: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=_KEPT)
 
     def start(self, slot: Tensor, source: Tensor, after: Any) -> Any:
         if after is not None:
@@ -73,8 +82,12 @@ class CudaCopies:
 
     def stall(self) -> float:
         torch.cuda.synchronize(self._device)
-        held, self._held = self._held, []
-        return sum(before.elapsed_time(behind) for before, behind in held) / 1e3
+        stalled = sum(before.elapsed_time(behind) for before, behind in self._held) / 1e3
+        self._held.clear()
+        return stalled
+
+    def close(self) -> None:
+        self._stream.synchronize()
 
 
 class ThreadCopies:
@@ -85,14 +98,9 @@ class ThreadCopies:
 
     def __init__(self) -> None:
         self._held = 0.0
-        self._jobs: queue.SimpleQueue[tuple[Tensor, Tensor, threading.Event]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="block copies", daemon=True).start()
-
-    def _work(self) -> None:
-        while True:
-            slot, source, done = self._jobs.get()
-            slot.copy_(source)
-            done.set()
+        self._jobs: queue.SimpleQueue[tuple[Tensor, Tensor, threading.Event] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=_work, args=(self._jobs,), name="block copies", daemon=True)
+        self._thread.start()
 
     def start(self, slot: Tensor, source: Tensor, after: Any) -> Any:
         done = threading.Event()
@@ -110,6 +118,17 @@ class ThreadCopies:
     def stall(self) -> float:
         held, self._held = self._held, 0.0
         return held
+
+    def close(self) -> None:
+        self._jobs.put(None)
+        self._thread.join()
+
+
+def _work(jobs: queue.SimpleQueue[tuple[Tensor, Tensor, threading.Event] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        slot, source, done = job
+        slot.copy_(source)
+        done.set()
 
 
 class _Slot:
@@ -187,6 +206,16 @@ class BlockRing:
         for one in coming:
             if self._slot_of(one) is None:
                 self._bring(one, keep=coming)
+
+    def close(self) -> None:
+        """Waits for its copies and lets go of slots and models, which computes with none of them any more.
+
+        Without it they stay until Python finds the cycle, and what comes to lie in their place may be written
+        to by a copy that is still under way.
+        """
+        self._leave()
+        self.copies.close()
+        self._slots, self._work = [], None
 
     def buffers(self) -> Iterator[Tensor]:
         """Where the tensors of a block lie that is not there to stay."""

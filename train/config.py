@@ -257,8 +257,8 @@ class RingConfig(Section):
     turn."""
 
     blocks: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
-    """How many blocks of each model stream; the others stay on the card. auto: none where the model fits in
-    another way, else as many as must."""
+    """How many blocks of each model stream; the others stay on the card. auto: none where deepspeed.zero is
+    set or the model fits in another way, else as many as must."""
     slots: int = Field(2, ge=2)
     """Places on the card for blocks that stream: one is computed with while the others fill."""
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from ..moe_lora import Adapter, RouterConfig, WanmoeError, attach, load_adapter
-from ..moe_lora.adapter import start_experts_from_base
+from ..moe_lora.adapter import AdapterConfig, Part, start_experts_from_base
 from ..moe_lora.adapter_file import has_router, has_time_gate, read_adapter, read_adapter_info
 from ..moe_lora.block_store import BlockStore
 from ..moe_lora.files import file_sha256
 from ..moe_lora.formats import format_of
-from ..moe_lora.needs import CONTEXT, activations, base_of, spread
+from ..moe_lora.needs import adapter_elements, base_of, spread
 from ..moe_lora.wan.config import WanConfig
 from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weight_files import weight_files
@@ -24,6 +24,7 @@ from .config import TrainerConfig
 from .data.shards import ShardIndex
 from .engine import uses_bf16
 from .node_memory import node_memory
+from .planner import Job, Planner, card_here
 from .sliced import Sliced
 from .stages import STAGES, StageSpec, stage_name
 from .zero import Plan, make_plan, room
@@ -64,36 +65,49 @@ def plan_of(config: TrainerConfig, sides: Sequence[TrainerConfig], world: int, d
     dtype = torch.bfloat16 if bf16 else torch.float32
     bases = [base_of(wan_config_of(one), dtype, format_of(one.model.quantised or "bf16")) for one in sides]
     pretrain = config.train.stage == "pretrain"
-    elements = sum(base.whole for base in bases) // (2 if bf16 else 4)
+    if pretrain:
+        trainable = sum(base.whole for base in bases) // dtype.itemsize
+    else:
+        trainable = adapter_elements(*_adapted(config, sides[0]))[0] * len(sides)
     return make_plan(
         config.deepspeed.zero,
         bases,
-        elements if pretrain else 0,
+        trainable,
         world,
         room(device),
         mixed=pretrain and bf16,
         ring=config.ring.blocks,
         slots=config.ring.slots,
         shardable=config.model.quantised is None,
-        beside=None if pretrain else lambda: _beside(config, sides[0], dtype, device),
+        beside=None if pretrain else lambda: _beside(config, sides, dtype, device),
     )
 
 
-def _beside(config: TrainerConfig, side: TrainerConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes that a step takes beside weights and optimizer, on the largest clips."""
-    largest = max(ShardIndex(config.data.shards).buckets, key=math.prod)
+def _adapted(config: TrainerConfig, side: TrainerConfig) -> tuple[WanConfig, AdapterConfig, tuple[Part, ...]]:
+    """(sizes, adapter, its parts that train) of a model."""
     adapter = side.adapter if side.model.adapter is None else read_adapter_info(side.model.adapter).adapter
-    counted = activations(
-        wan_config_of(side),
+    return wan_config_of(side), adapter, STAGES[stage_name(config)].trains
+
+
+def _beside(
+    config: TrainerConfig, sides: Sequence[TrainerConfig], dtype: torch.dtype, device: torch.device
+) -> int:
+    """Bytes that a step takes beside the base and the optimizer, on the largest clips, as `wanmoe plan`
+    counts them."""
+    wan, adapter, parts = _adapted(config, sides[0])
+    latent = max(ShardIndex(config.data.shards).buckets, key=math.prod)
+    job = Job(
+        stage_name(config),
+        wan,
+        len(sides),
         adapter,
-        STAGES[stage_name(config)].trains,
-        largest,
+        parts,
+        latent,
         clips=config.data.batch,
+        shared=config.train.sequence_parallel,
         dtype=dtype,
-        checkpointing=config.train.checkpointing,
-        card=device.type == "cuda",
     )
-    return counted.peak // config.train.sequence_parallel + CONTEXT
+    return Planner(job, card_here(device)).beside(config.train.checkpointing)
 
 
 def open_store(

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..moe_lora import WanmoeError
-from ..moe_lora.block_store import Memory, pin, private_memory
+from ..moe_lora.block_store import Memory, check_room, pin, private_memory
 from .ranks import together
 from .watchdog import machine
 
@@ -24,6 +24,7 @@ def node_memory(size: int) -> Memory:
     places: list[Any] = [None] * world
     dist.all_gather_object(places, machine())
     peers = [other for other in range(world) if places[other] == places[rank]]
+    size = max(size, 1)
     if len(peers) == 1 and all(places.count(place) == 1 for place in places):
         return private_memory(size)
     own = -1
@@ -42,6 +43,7 @@ def node_memory(size: int) -> Memory:
 
 
 def _reserve(file: int, size: int) -> None:
+    check_room(size)
     try:
         os.posix_fallocate(file, 0, size)
     except OSError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..moe_lora.block_store import pin
+
 # Where a tensor may begin within the memory of a model.
 _ALIGN = 256
 
@@ -42,10 +44,7 @@ class Parked:
 
 
 def host_memory(size: int) -> Tensor:
-    """uint8 [size] of the host, pinned where there is a card; to the byte, where torch's own pinned memory is
-    rounded up to a power of two."""
+    """uint8 [size] of the host, pinned where there is a card."""
     flat = torch.empty(size, dtype=torch.uint8)
-    if torch.cuda.is_available() and size:
-        # Where the system forbids it the copies wait for the host, and are right all the same.
-        torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), size, 0)
+    pin(flat)
     return flat

@@ -19,11 +19,19 @@ import psutil
 import torch
 
 from ..moe_lora import WanmoeError
-from ..moe_lora.adapter import AdapterConfig, Part, attach
+from ..moe_lora.adapter import AdapterConfig, Part
 from ..moe_lora.formats import FORMATS
-from ..moe_lora.needs import CONTEXT, Activations, Base, activations, base_of, decoding, spread
+from ..moe_lora.needs import (
+    CONTEXT,
+    Activations,
+    Base,
+    activations,
+    adapter_elements,
+    base_of,
+    decoding,
+    spread,
+)
 from ..moe_lora.wan.config import WanConfig
-from ..moe_lora.wan.dit import WanDiT
 from .ring_time import StepTime, step_time
 from .zero import FULL, STATE_BYTES, Stage
 
@@ -66,7 +74,7 @@ class Card:
         return self.name == "cpu"
 
 
-# A100 and H100: measured once; the others by their data sheets.
+# By their makers' data sheets, the H100's as measured once; what sustained work reaches is below them.
 CARDS = {
     card.name: card
     for card in (
@@ -105,11 +113,15 @@ def card_of(text: str, link: float | None = None) -> Card:
 
 
 def card_here(device: torch.device) -> Card:
-    """The card of this machine, its rates by its name, of its memory what a job may take."""
+    """The card of this machine, its rates by its name, of its memory what a job may take; on a CPU
+    `this_host`."""
+    if device.type == "cpu":
+        return this_host()
     found = torch.cuda.get_device_properties(device)
     of_name = [card for card in CARDS.values() if card.name.split("-")[0].upper() in found.name.upper()]
     like = min(of_name or CARDS.values(), key=lambda card: abs(card.memory - found.total_memory))
-    return replace(like, name=found.name, memory=int(FULL * found.total_memory))
+    name = found.name if of_name else f"{found.name}, with the rates of a {like.name}"
+    return replace(like, name=name, memory=int(FULL * found.total_memory))
 
 
 def this_host() -> Card:
@@ -329,7 +341,9 @@ class Planner:
             job.clips * one / job.shared for one in block_seconds(job.config, job.tokens, card)
         )
         if base.unpacked:
-            unpack = (base.block + base.unpacked) / (STREAM * card.bandwidth)
+            # bitsandbytes writes once; values and scales of rows are a copy and a product in place.
+            passes = 1 if settings.quantised == "nf4" else 3
+            unpack = (base.block + passes * base.unpacked) / (STREAM * card.bandwidth)
             forward, backward = forward + unpack, backward + unpack
         if settings.checkpointing:
             backward += forward
@@ -353,9 +367,10 @@ class Planner:
         return forward, backward, base.block / rate if streamed else 0.0, whole
 
     def beside(self, checkpointing: bool) -> int:
-        """Bytes that a step takes beside weights and optimizer."""
+        """Bytes that a step takes beside the base and the optimizer."""
         around = PROCESS if self.card.is_host else CONTEXT
-        return self._activations(checkpointing).peak // self.job.shared + around
+        adapters = 4 * self.elements[1] * self.job.models
+        return self._activations(checkpointing).peak // self.job.shared + around + adapters
 
     def base(self, quantised: str | None) -> Base:
         """One model, held in a format."""
@@ -371,12 +386,8 @@ class Planner:
 
     @cached_property
     def elements(self) -> tuple[int, int]:
-        """Elements that train, and all of the adapter, of one model; those of a router are few."""
-        with torch.device("meta"):
-            dit = WanDiT(self.job.config)
-        made = attach(dit, self.job.adapter, device="meta")
-        trained = made.parameters(part for part in self.job.parts if part != "router")
-        return sum(p.numel() for p in trained.values()), sum(p.numel() for p in made.parameters().values())
+        """Elements that train, and all of the adapter, of one model."""
+        return adapter_elements(self.job.config, self.job.adapter, self.job.parts)
 
 
 @lru_cache

@@ -41,6 +41,9 @@ class Clocks:
         held, self._held = self._held, 0.0
         return held
 
+    def close(self) -> None:
+        pass
+
 
 @dataclass(frozen=True)
 class StepTime:

@@ -73,13 +73,13 @@ def steps(out: Path) -> list[Step]:
     engine = ("-m", "wanmoe.launch", "bench", "engine", "--parts", "speed,prefix", "--quick", "--out")
     ring = ("-m", "wanmoe.launch", "bench", "ring", "--out")
     return [
-        Step("build", (python, "-m", "wanmoe.kernels.cuda_library"), 50),
-        Step("tests", (python, *tests, f"--junitxml={out / 'tests.xml'}"), 100, ("pytest",)),
-        Step("tune", (python, "-m", "wanmoe.kernels.bench.tune", *tuned), 55),
-        Step("linear", (python, *bench, "--suite", "quick", "--out", str(out)), 90),
-        Step("block", (python, *block), 45, BLOCK_NEEDS),
-        Step("engine", (python, *engine, str(out)), 60, ENGINE_NEEDS),
-        Step("ring", (python, *ring, str(out)), 70, RING_NEEDS),
+        Step("build", (python, "-m", "wanmoe.kernels.cuda_library"), 45),
+        Step("tests", (python, *tests, f"--junitxml={out / 'tests.xml'}"), 95, ("pytest",)),
+        Step("tune", (python, "-m", "wanmoe.kernels.bench.tune", *tuned), 45),
+        Step("linear", (python, *bench, "--suite", "quick", "--out", str(out)), 70),
+        Step("block", (python, *block), 40, BLOCK_NEEDS),
+        Step("engine", (python, *engine, str(out)), 55, ENGINE_NEEDS),
+        Step("ring", (python, *ring, str(out)), 120, RING_NEEDS),
     ]
 
 

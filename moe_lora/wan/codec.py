@@ -204,6 +204,11 @@ class WanVAE(nn.Module):
         """sha256 of the files the weights came from."""
         return file_digest(self.files)
 
+    @property
+    def tiled(self) -> bool:
+        """Whether it works in tiles."""
+        return bool(self.vae.use_tiling)
+
     def tile(self, size: int) -> None:
         """From now on encodes and decodes in tiles of `size` pixels a side that overlap by a quarter.
 

@@ -4,11 +4,20 @@ import json
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 
-from wanmoe.infer.load import PromptEncoder, adapter_paths, check_task, experts_of, noise_expert_of
+from wanmoe.infer.load import (
+    PromptEncoder,
+    adapter_paths,
+    check_task,
+    decode_anyhow,
+    experts_of,
+    noise_expert_of,
+)
 from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.moe_lora.lora_file import write_lora
+from wanmoe.moe_lora.wan.codec import WAN_MEAN, WAN_STD, WanVAE
 from wanmoe.moe_lora.wan.text import HashTextEncoder, encode_prompts
 
 
@@ -31,6 +40,28 @@ def test_a_prompt_that_was_prepared_needs_no_encoder():
     assert len(loads) == 1
     encoder.prepare(["b"])
     assert len(loads) == 2 and encoder["a"].shape == encoder["b"].shape
+
+
+def test_a_video_that_the_card_cannot_decode_at_once_is_decoded_in_tiles(monkeypatch, caplog):
+    sizes = {"base_dim": 8, "decoder_base_dim": 8, "z_dim": 16, "num_res_blocks": 1}
+    codec = WanVAE(AutoencoderKLWan(**sizes).eval(), [], WAN_MEAN, WAN_STD)
+    latent, whole = torch.randn(1, 16, 1, 8, 8), codec.decode
+
+    def full(latent):
+        if not codec.tiled:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(latent)
+
+    monkeypatch.setattr(codec, "decode", full)
+    assert decode_anyhow(codec, latent, 32).shape == (1, 3, 1, 64, 64)
+    assert codec.tiled and "in tiles of 32 pixels then" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        decode_anyhow(HaarFull(), latent, 32)
+
+
+class HaarFull:
+    def decode(self, latent):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def lora(path, **metadata):

@@ -1,6 +1,7 @@
 """`wanmoe plan` as it is typed, its presets, and what an out-of-memory error of training says."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from wanmoe.moe_lora import WanmoeError
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.moe_lora.wan.dit import WanDiT
 from wanmoe.moe_lora.wan.weights import save_dit
+from wanmoe.train import model
 from wanmoe.train.data.shard_writer import ShardWriter
 from wanmoe.train.planner import GB, Planner, card_of
+from wanmoe.train.zero import FULL
 
 MACHINES = plan.PRESETS / "machines"
 SIZES = {"256x256x81": (256, 256), "512x512x81": (512, 512), "832x480x81": (480, 832)}
@@ -58,7 +61,7 @@ def test_the_plan_of_a_run_by_its_own_weights_and_shards(config):
     assert f"{load_config(config).model.dit}, training base, experts: 9 frames of 64x64" in found.output
     assert "settings: bf16, all blocks on the card" in found.output
     assert re.search(r"peak +\d+\.\d\d of 24\n", found.output)
-    assert re.search(r"hours, modelled: stage b \d\.\d \(\d+ steps of 4 clips\)", found.output)
+    assert re.search(r"hours of steps, modelled: stage b \d\.\d \(\d+ steps of 4 clips\)", found.output)
 
 
 def test_settings_of_the_config_are_shown_and_keys_change_them(config):
@@ -125,6 +128,25 @@ def test_a_written_preset_trains_as_it_was_planned(tmp_path):
     settings = plan.settings_of(config, planner)
     assert settings == planner.fit()[0].settings
     assert re.fullmatch(r"# 24GB, 1 rank: t2v-A14B, both noise experts .*", out.read_text().splitlines()[0])
+
+
+@pytest.mark.parametrize("memory", [9 * 10**8, 2 * 10**9, 10**10])
+@pytest.mark.parametrize("asked", [{}, {"checkpointing": "true"}, {"blocks": "2"}])
+def test_training_holds_the_models_as_planned(config, monkeypatch, memory, asked):
+    """On a card whose memory the small model fills or not."""
+    keys = {"checkpointing": "train.checkpointing", "blocks": "ring.blocks"}
+    words = [word for key, value in asked.items() for word in (f"--{keys[key]}", value)]
+    words += ["--adapter.ffn_blocks", "1", "--train.precision", "bf16"]
+    read = load_config(config, words)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: Properties)
+    monkeypatch.setattr("wanmoe.train.model.room", lambda device: memory)
+    sides = list(model.side_configs(read).values())
+    found = model.plan_of(read, sides, 1, torch.device("cuda"))
+    planner = Planner(
+        plan.job_of(read, None, None, None, 1), replace(card_of("24GB"), memory=int(FULL * memory))
+    )
+    settings = plan.settings_of(read, planner)
+    assert (settings.stage, settings.park, settings.stream) == (found.stage, found.park, found.stream)
 
 
 @pytest.mark.parametrize("size", SIZES)

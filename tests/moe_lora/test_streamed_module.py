@@ -1,6 +1,8 @@
 """A text encoder whose blocks stream gives the same embeddings, whatever it holds."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -35,3 +37,26 @@ def test_umt5_with_streamed_blocks_is_bit_equal(encoder, dtype):
             expected = truth(input_ids=ids, attention_mask=mask).last_hidden_state
         assert torch.equal(found, expected)
     assert ring.moved > 5 * largest
+    ring.close()
+    assert ring.nbytes == 0
+
+
+def test_a_ring_that_is_closed_is_gone_without_the_collector(encoder):
+    ours = copy.deepcopy(encoder)
+    gc.collect()
+    gc.disable()
+    try:
+        ring = BlockRing(torch.device("cpu"))
+        stream_blocks(list(ours.encoder.block), ours.encoder.final_layer_norm, ring)
+        with torch.no_grad():
+            ours(input_ids=torch.ones(1, 3, dtype=torch.int64))
+        slot = weakref.ref(ring._slots[0].flat.untyped_storage())
+        block = ours.encoder.block[0].layer[0].SelfAttention.q
+        host = weakref.ref(block.weight.untyped_storage())
+        ring.close()
+        del ring
+        assert slot() is None
+        del ours, block
+        assert host() is None
+    finally:
+        gc.enable()

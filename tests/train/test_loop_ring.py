@@ -59,6 +59,14 @@ def test_two_ranks_reduce_their_gradients_beside_the_ring(ranks, config, tmp_pat
     same(trained(ranks, config, tmp_path / "ring", 2, ring={"blocks": 3, "slots": 3}), truth)
 
 
+def test_two_ranks_of_a_quantised_base_that_stays_share_nothing(ranks, config, tmp_path):
+    one = trained(ranks, config, tmp_path / "one", model={"quantised": "int8"}, data={"batch": 2})
+    two = trained(ranks, config, tmp_path / "two", 2, model={"quantised": "int8"})
+    assert "in int8: relative error of its weights" in two[2]
+    for found, expected in zip(two[0], one[0], strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_both_noise_experts_take_turns_in_one_ring(ranks, config, base, tmp_path):
     torch.manual_seed(1)
     other = load_dit(base)
