@@ -60,9 +60,15 @@ class Outcome(NamedTuple):
 def steps(out: Path) -> list[Step]:
     """The steps of a run, with what each may take at least."""
     python = sys.executable
-    gpu_tests = ["tests/kernels", "tests/csrc"]
+    gpu_tests = [
+        "tests/kernels",
+        "tests/csrc",
+        "tests/moe_lora/test_ring.py",
+        "tests/moe_lora/test_formats.py",
+    ]
     if not _missing(BLOCK_NEEDS):
-        gpu_tests.append("tests/launch/test_bench_block.py")
+        ring = ("tests/moe_lora/test_ring.py", "tests/moe_lora/test_formats.py")
+        gpu_tests += ["tests/launch/test_bench_block.py", *ring]
     # Most of their time the tests compile kernels.
     workers = () if _missing(("xdist",)) else ("-n", "8")
     tests = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *workers, *gpu_tests)

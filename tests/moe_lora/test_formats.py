@@ -59,3 +59,18 @@ def test_unknown_and_missing_formats_are_one_clear_line(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(WanmoeError, match="nf4 takes bitsandbytes; run: pip install"):
         format_of("nf4")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fp8", "int8", "nf4"])
+@pytest.mark.parametrize("shape", [(64, 48), (5120, 320), (33, 7)])
+def test_a_card_packs_and_unpacks_as_the_cpu_does(name, shape):
+    needs(name)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    form = FORMATS[name]
+    flat = torch.empty(form.size(weight.shape, weight.dtype), dtype=torch.uint8, device="cuda")
+    out = torch.empty_like(weight, device="cuda")
+    form.pack(weight.cuda(), flat)
+    form.unpack(flat, out)
+    expected = there_and_back(name, weight)
+    assert float((out.cpu() != expected).float().mean()) < 1e-3  # a value in the middle may go either way

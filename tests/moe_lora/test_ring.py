@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from wanmoe.moe_lora.adapter import AdapterConfig, attach
-from wanmoe.moe_lora.block_store import BlockStore
+from wanmoe.moe_lora.block_store import BlockStore, pin
 from wanmoe.moe_lora.formats import FORMATS
 from wanmoe.moe_lora.ring import BlockRing, ThreadCopies
 from wanmoe.moe_lora.wan.config import WanConfig
@@ -47,15 +47,21 @@ def adapted(dit, checkpointing=False):
     return adapter
 
 
-def resident(path, checkpointing=False):
+def resident(path, checkpointing=False, device=CPU):
     dit = load_dit(path)
-    return dit, adapted(dit, checkpointing)
+    return dit, _moved(dit, checkpointing, device)
+
+
+def _moved(dit, checkpointing, device):
+    adapter = adapted(dit, checkpointing)
+    dit.to(device)
+    return adapter
 
 
 def streamed(ring, path, stay=(), checkpointing=False, form="bf16"):
-    store = BlockStore(CPU, FORMATS[form], stay)
+    store = BlockStore(ring.device, FORMATS[form], stay)
     dit = load_dit(path, store=store)
-    adapter = adapted(dit, checkpointing)
+    adapter = _moved(dit, checkpointing, ring.device)
     dit.streamed = ring.add(store, list(dit.blocks), dit.first_adapted)
     return dit, adapter
 
@@ -70,7 +76,7 @@ def step(dit, adapter, seed=0, clips=1):
     """(output, gradients) of a step of some forwards and one backward over all of them."""
     outputs = []
     for clip in range(clips):
-        x, t, context, experts = inputs(seed + clip)
+        x, t, context, experts = (value.to(dit.head.head.weight.device) for value in inputs(seed + clip))
         outputs.append(dit(x, t, context, adapter.gates(experts, t, tokens=8)))
     sum(out.square().mean() for out in outputs).backward()
     gradients = {name: p.grad for name, p in adapter.parameters().items() if p.grad is not None}
@@ -339,3 +345,36 @@ def test_the_device_holds_no_more_than_the_slots_and_what_stays(paths):
 def test_a_ring_of_one_slot_is_refused():
     with pytest.raises(ValueError, match="a ring needs 2"):
         BlockRing(CPU, 1)
+
+
+# ------------------------------------------------------------------------------------------ on a card
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_on_a_card_too_whoever_comes_next_and_however_late_the_copies_are(paths, checkpointing, late):
+    device = torch.device("cuda")
+    ring = BlockRing(device)
+    models = [streamed(ring, path, (1,), checkpointing) for path in paths]
+    truths = [resident(path, checkpointing, device) for path in paths]
+    for turn, side in enumerate((0, 0, 1, 0, 1, 1)):
+        if late:
+            with torch.cuda.stream(ring.copies._stream):
+                torch.cuda._sleep(20_000_000)
+        (out, gradients), (other, expected) = (step(*all_[side], seed=turn) for all_ in (models, truths))
+        torch.testing.assert_close(out, other, rtol=1e-5, atol=1e-6)
+        for name, value in expected.items():
+            torch.testing.assert_close(gradients[name], value, rtol=1e-4, atol=1e-6)
+    assert (ring.copies.stall() > 0) or not late
+    ring.close()
+
+
+@pytest.mark.gpu
+def test_memory_that_cannot_be_pinned_is_told_and_leaves_no_error_behind(caplog):
+    flat = torch.zeros(1 << 20, dtype=torch.uint8)
+    torch.ones(1, device="cuda")
+    assert pin(flat)
+    assert not pin(flat)  # a second time is an error of CUDA
+    assert "could not be pinned" in caplog.text
+    assert torch.ones(4, device="cuda").sum().item() == 4

@@ -96,7 +96,12 @@ def test_the_tests_step_runs_every_gpu_test_but_those_that_are_named(tmp_path):
         for command in (step.command, every)
     ]
     found, wanted = ({line for line in run.communicate()[0].splitlines() if "::" in line} for run in runs)
-    assert found == wanted and {node.split("/")[1] for node in found} == {"kernels", "csrc", "launch"}
+    assert found == wanted and {node.split("/")[1] for node in found} == {
+        "kernels",
+        "csrc",
+        "launch",
+        "moe_lora",
+    }
 
 
 def test_the_wheels_that_a_step_needs_are_in_the_makefile():
