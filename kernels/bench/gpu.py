@@ -67,8 +67,8 @@ def steps(out: Path) -> list[Step]:
         "tests/moe_lora/test_formats.py",
     ]
     if not _missing(BLOCK_NEEDS):
-        ring = ("tests/moe_lora/test_ring.py", "tests/moe_lora/test_formats.py")
-        gpu_tests += ["tests/launch/test_bench_block.py", *ring]
+        of_ring = ("tests/moe_lora/test_ring.py", "tests/moe_lora/test_formats.py")
+        gpu_tests += ["tests/launch/test_bench_block.py", *of_ring]
     # Most of their time the tests compile kernels.
     workers = () if _missing(("xdist",)) else ("-n", "8")
     tests = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *workers, *gpu_tests)
