@@ -60,12 +60,7 @@ class Outcome(NamedTuple):
 def steps(out: Path) -> list[Step]:
     """The steps of a run, with what each may take at least."""
     python = sys.executable
-    gpu_tests = [
-        "tests/kernels",
-        "tests/csrc",
-        "tests/moe_lora/test_ring.py",
-        "tests/moe_lora/test_formats.py",
-    ]
+    gpu_tests = ["tests/kernels", "tests/csrc"]
     if not _missing(BLOCK_NEEDS):
         of_ring = ("tests/moe_lora/test_ring.py", "tests/moe_lora/test_formats.py")
         gpu_tests += ["tests/launch/test_bench_block.py", *of_ring]
