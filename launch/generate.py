@@ -242,7 +242,10 @@ def _stream(
     free = torch.cuda.mem_get_info(place)[0]
     # CUDA has taken its own part of what is free already.
     planner = Planner(job, replace(card, memory=min(card.memory, free)))
-    chosen = planner.fit((quantised,), psutil.virtual_memory().available)[0].settings
+    try:
+        chosen = planner.fit((quantised,), psutil.virtual_memory().available)[0].settings
+    except WanmoeError as error:
+        raise WanmoeError(f"{error}{'' if quantised else ', or --quantised fp8'}") from error
     _log.info("%s (the fastest in %.1f GB, modelled)", chosen.describe(job), free / 1e9)
     return None if chosen.park else chosen.stream
 

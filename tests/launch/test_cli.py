@@ -11,7 +11,7 @@ import torch
 import typer
 
 from wanmoe.launch import cli, generate
-from wanmoe.moe_lora import AdapterConfig, attach, save_adapter
+from wanmoe.moe_lora import AdapterConfig, WanmoeError, attach, save_adapter
 from wanmoe.moe_lora.video import read_metadata, read_video, write_video
 from wanmoe.moe_lora.wan import codec, text
 from wanmoe.moe_lora.wan.config import WanConfig
@@ -277,7 +277,9 @@ def test_the_dtype_is_asked_for_or_said(monkeypatch, capsys, caplog, work, words
 
 
 def card(monkeypatch, free):
-    """A 4090 with so many GB that are free, as far as torch tells."""
+    """A 4090 with so many GB that are free, as far as torch tells, in a host of 128."""
+    memory = SimpleNamespace(available=128 * 10**9, total=128 * 10**9)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
     properties = SimpleNamespace(name="NVIDIA GeForce RTX 4090", total_memory=25 * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 10**9, 25 * 10**9))
@@ -308,6 +310,19 @@ def test_as_many_blocks_stream_as_the_largest_request_needs(
     requests = [{"num_frames": 17, "video_size": (64, 64)}, {"num_frames": 81, "video_size": (256, 256)}]
     found = generate._stream(asked, None, torch.device(place), generate._Parts(*files), requests, fixed)
     assert found == expected
+
+
+def test_a_host_without_room_for_what_streams_is_told(monkeypatch):
+    config = WanConfig.preset("t2v-A14B")
+    monkeypatch.setattr("wanmoe.moe_lora.wan.weights.read_dit_config", lambda path: (config, "original"))
+    card(monkeypatch, 24)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**10, total=10**10))
+    files = [Path("dit"), Path("high"), Path("vae"), Path("text"), None, None]
+    requests = [{"num_frames": 81, "video_size": (256, 256)}]
+    with pytest.raises(
+        WanmoeError, match="nothing fits into 23.8 GB with 10 GB of the host: .*, or --quantised fp8"
+    ):
+        generate._stream("auto", None, torch.device("cuda"), generate._Parts(*files), requests, False)
 
 
 def test_a_number_of_blocks_that_is_none_is_one_line(monkeypatch, capsys, work):

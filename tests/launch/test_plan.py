@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,6 +177,7 @@ def test_training_that_runs_out_of_memory_says_where_it_went_and_what_to_try(con
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: Properties)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 23 * GB)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=64 * GB, total=64 * GB))
     with pytest.raises(
         WanmoeError, match=r"CUDA out of memory; try --train.checkpointing true --ring.blocks 1\d$"
     ) as raised:
