@@ -86,13 +86,14 @@ def test_the_commands_of_the_page_on_interoperation(folder):
 
 
 def test_the_commands_of_the_page_on_training(folder):
-    judges, joint = blocks("bash", TRAINING)
+    judges, joint, plans = blocks("bash", TRAINING)
     said = run(judges, folder)
     assert "held-out" in said
     for name in ("classifier.safetensors", "classifier.html", "detector.safetensors", "detector.html"):
         assert (folder / name).stat().st_size > 1000
     run(joint, folder)
     assert (folder / "runs" / "joint" / "adapter.safetensors").stat().st_size > 10_000
+    assert "others that fit" in run(plans, folder) and "blocks = " in (folder / "ours.toml").read_text()
 
 
 def test_the_table_of_stages_is_that_of_the_code():
