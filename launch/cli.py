@@ -17,6 +17,7 @@ from .bench import app as bench_app
 from .clips import clips
 from .convert import convert, inspect
 from .data import app as data_app
+from .evaluate import evaluate
 from .generate import generate
 from .judges import train_classifier, train_detector
 from .launch_command import app as launch_app
@@ -40,6 +41,7 @@ app.add_typer(bench_app, name="bench")
 app.command()(train_classifier)
 app.command()(train_detector)
 app.command()(generate)
+app.command()(evaluate)
 app.command()(convert)
 app.command()(inspect)
 app.add_typer(launch_app, name="launch")
@@ -102,7 +104,7 @@ def track_sync(
 
 
 @app.command()
-def evaluate(
+def validate(
     dit: Annotated[Path, typer.Option(help="Base weights.")],
     shards: Annotated[
         str, typer.Option(help="Folder of shards, or its URL; its held-out split is measured.")

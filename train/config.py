@@ -135,7 +135,7 @@ class ObjectiveConfig(Section):
     vae: str | None = None
     """Codec that decodes where a term needs pictures: a file, or the stand-in haar."""
     lpips: Path | None = None
-    """torchvision's AlexNet weights, for temporal_on = "lpips"; also needs wanmoe[lpips]."""
+    """torchvision's AlexNet weights, for temporal_on = "lpips"."""
 
     @model_validator(mode="after")
     def _checked(self) -> ObjectiveConfig:

@@ -192,7 +192,7 @@ def load_lpips(path: str | Path, net: str = "alex") -> Lpips:
         raise WanmoeError(f"LPIPS has no backbone {net!r}; there are: {', '.join(_TAPS)}")
     package = find_spec("torchmetrics")  # not imported: its data file is all that is wanted
     if package is None or not package.submodule_search_locations:
-        raise WanmoeError("LPIPS needs its heads, which are not installed: pip install 'wanmoe[lpips]'")
+        raise WanmoeError("LPIPS needs its heads, which are not installed: pip install torchmetrics")
     folder = Path(package.submodule_search_locations[0]) / "functional" / "image" / "lpips_models"
     model = Lpips(net)
     backbone = {f"features.{name}": value for name, value in model.layers.named_parameters()}

@@ -1,7 +1,7 @@
 """Clips that a model makes again out of held-out ones, so that it can be seen what is still in them.
 
-A held-out clip is noised to t = 0.8 and integrated back to 0. A small model cannot draw an instrument out of
-noise alone; at 0.8 a hint of the true clip is left, so that what comes back can be held against it.
+A held-out clip is noised to `start` (0.8) and integrated back to 0. A small model cannot draw an instrument
+out of noise alone; at 0.8 a hint of the true clip is left, so that what comes back can be held against it.
 
 Letters: B clips, C latent channels, F, H, W latent frames, height, width, E experts.
 """
@@ -26,17 +26,26 @@ Velocity = Callable[[Tensor, Tensor, Batch], Tensor]
 
 @torch.no_grad()
 def regenerate(
-    velocity: Velocity, dataset: ShardDataset, gates: LabelGates, *, batch: int = 8, steps: int = STEPS
+    velocity: Velocity,
+    dataset: ShardDataset,
+    gates: LabelGates,
+    *,
+    batch: int = 8,
+    steps: int = STEPS,
+    start: float = START,
 ) -> list[tuple[Batch, Tensor]]:
     """Each batch of held-out clips and the latents [B, C, F, H, W] that came back; the same noise for every
     model.
 
     Args:
         velocity: (x_t [B, ...], t [B], batch) -> v.
-        steps: of Euler's method from START to 0, equal in t.
+        steps: of Euler's method from `start` to 0, equal in t.
+        start: noise level; 1 is noise alone.
     """
     if steps < 1:
         raise WanmoeError(f"regenerate: steps is {steps}; it must be at least 1")
+    if not 0 < start <= 1:
+        raise WanmoeError(f"regenerate: start is {start}; it must be above 0 and at most 1")
     made = []
     for indices in dataset.buckets.values():
         for first in range(0, len(indices), batch):
@@ -44,9 +53,9 @@ def regenerate(
             clips = collate([dataset[index] for index in chosen], chosen, gates)
             streams = [sample_generator(NOISE_SEED, index, "regenerate") for index in chosen]
             noise = torch.stack([torch.randn(clips.latent.shape[1:], generator=stream) for stream in streams])
-            x, _ = noised(clips.latent.float(), noise, torch.full((len(chosen),), START))
+            x, _ = noised(clips.latent.float(), noise, torch.full((len(chosen),), start))
             for step in range(steps):
-                t = START * (1 - step / steps)
-                x = x - START / steps * velocity(x, torch.full((len(chosen),), t), clips).float()
+                t = start * (1 - step / steps)
+                x = x - start / steps * velocity(x, torch.full((len(chosen),), t), clips).float()
             made.append((clips, x))
     return made

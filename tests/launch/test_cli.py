@@ -38,7 +38,9 @@ OPTIONS = {
     "train-classifier": "shards out config space vae steps batch lr seed device",
     "train-detector": "shards out steps batch lr seed device",
     "track-sync": "run",
-    "evaluate": "dit shards adapter wrong-expert out",
+    "validate": "dit shards adapter wrong-expert out",
+    "evaluate": "real generated run out classifier detector vae lpips features start steps track blind pairs "
+    "question tally key seed device",
     "generate": "prompt prompts model dit dit-high-noise vae text t5 tokenizer clip task output-path "
     "lora-moe-weights lora-moe-config-file fold-timestep lora instrument-hint mix schedule ema "
     "image-path last-image-path num-frames video-size num-steps guidance-scale "
@@ -442,15 +444,15 @@ def test_prepare_hands_its_device_on(monkeypatch, capsys, work, tmp_path):
         assert places == dict.fromkeys(("load_vae", "load_text_encoder"), torch.device(device))
 
 
-def test_evaluate_writes_its_figures_or_says_at_once_that_it_cannot(monkeypatch, capsys, work, tmp_path):
+def test_validate_writes_its_figures_or_says_at_once_that_it_cannot(monkeypatch, capsys, work, tmp_path):
     common = ("--dit", work / "base.safetensors", "--shards", work / "shards")
-    code, _ = run(monkeypatch, capsys, "evaluate", *common, "--out", tmp_path / "figures.json")
+    code, _ = run(monkeypatch, capsys, "validate", *common, "--out", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert code == 0 and figures["loss"] > 0 and figures["clips"] == 4
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
     monkeypatch.setattr("wanmoe.train.evaluate.evaluate_files", lambda *_: pytest.fail("computed in vain"))
     target = tmp_path / "nowhere" / "figures.json"
-    code, line = run(monkeypatch, capsys, "evaluate", *common, "--out", target)
+    code, line = run(monkeypatch, capsys, "validate", *common, "--out", target)
     assert code == 2 and f"--out {target}: the folder" in line and "does not exist" in line
 
 

@@ -20,7 +20,7 @@ B, F, h, w = 2, 3, 2, 3
 N, H, W = 4 * (F - 1) + 1, 8 * h, 8 * w
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 needs_heads = pytest.mark.skipif(
-    find_spec("torchmetrics") is None, reason="LPIPS' heads are not installed: pip install 'wanmoe[lpips]'"
+    find_spec("torchmetrics") is None, reason="LPIPS' heads are not installed: pip install torchmetrics"
 )
 # (width, kernel) of each convolution of torchvision's networks by its index in `features`.
 ALEX = {0: (64, 11), 3: (192, 5), 6: (384, 3), 8: (256, 3), 10: (256, 3)}

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ...moe_lora.errors import WanmoeError
+from ...moe_lora.motion import clip_flow
 from ...moe_lora.routing import pool_text
 from ...moe_lora.video import to_model
 from ...moe_lora.wan.codec import Codec, image_condition
 from ...moe_lora.wan.text import TextEncoder, encode_prompts
 from .border import endoscope_border
 from .clips import Box, Tip
-from .flow import clip_flow, latent_flow
+from .flow import latent_flow
 from .plan import Piece
 from .region import Mask, MaskReader, latent_region, window_marks
 

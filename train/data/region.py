@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...moe_lora.errors import WanmoeError
+from ...moe_lora.motion import ClipFlow
 from ...moe_lora.video import Fit
 from .clips import INTERPOLATED, Box, Clip, Polygon, Tip
-from .flow import ClipFlow
 from .tracks import REACH, Mark, carry
 
 Mask = NDArray[np.uint8]
@@ -203,14 +203,14 @@ def _outlines(clip: Clip, indices: Sequence[int], fit: Fit, masks: Mapping[int, 
     drawn: dict[int, list[Polygon]] = {}
     for polygon in clip.polygons:
         drawn.setdefault(polygon.frame, []).append(polygon)
-    out = {place: _draw(drawn[frame], fit) for place, frame in _nearest(sorted(drawn), indices).items()}
+    out = {place: outline(drawn[frame], fit) for place, frame in _nearest(sorted(drawn), indices).items()}
     for place, frame in _nearest(list(masks), indices).items():
         out[place] = fit.picture(masks[frame], nearest=True)
     return out
 
 
-def _draw(polygons: Iterable[Polygon], fit: Fit) -> Mask:
-    """Outlines filled one by one: together they would cut holes where they overlap."""
+def outline(polygons: Iterable[Polygon], fit: Fit) -> Mask:
+    """Polygons as a mask of the window, filled one by one: together they would cut holes where they meet."""
     mask = np.zeros((fit.height, fit.width), np.uint8)
     for polygon in polygons:
         corners = np.array([fit.point(x, y) for x, y in polygon.points]) * 2**_SHIFT

@@ -11,8 +11,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ...moe_lora.motion import ClipFlow, Floats
 from .clips import INTERPOLATED, Box, Tip
-from .flow import ClipFlow, Floats
 
 REACH = 16  # frames, a second at 16 fps, that a mark is carried with no other to meet it
 _TIP_PATCH = 5.0  # pixels: side of the square about a tip whose motion is taken for the tip's

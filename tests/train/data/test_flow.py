@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wanmoe.moe_lora.errors import WanmoeError
+from wanmoe.moe_lora.motion import clip_flow
 from wanmoe.moe_lora.video import read_video, to_model
 from wanmoe.moe_lora.wan.codec import load_vae
-from wanmoe.train.data.flow import clip_flow, latent_flow
+from wanmoe.train.data.flow import latent_flow
 
 Matrix = NDArray[np.float64]
 

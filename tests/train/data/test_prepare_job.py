@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from wanmoe.moe_lora import motion
 from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.moe_lora.instruments import SURGICAL, ExpertSet
 from wanmoe.moe_lora.video import write_video
 from wanmoe.moe_lora.wan.codec import HaarCodec
 from wanmoe.moe_lora.wan.text import HashTextEncoder
-from wanmoe.train.data import flow
 from wanmoe.train.data.clips import Clip
 from wanmoe.train.data.plan import Piece
 from wanmoe.train.data.prepare import Ranks, prepare
@@ -143,12 +143,12 @@ def test_ranks_of_one_machine_share_its_cores(
     monkeypatch: pytest.MonkeyPatch, variable: str, ranks: int, threads: int
 ) -> None:
     used: list[int] = []
-    pool = flow.ThreadPoolExecutor
-    monkeypatch.setattr(flow, "ThreadPoolExecutor", lambda count: (used.append(count), pool(count))[1])
+    pool = motion.ThreadPoolExecutor
+    monkeypatch.setattr(motion, "ThreadPoolExecutor", lambda count: (used.append(count), pool(count))[1])
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setenv(variable, str(ranks))
-    flow.clip_flow(torch.zeros(2, 32, 48, 3, dtype=torch.uint8))
+    motion.clip_flow(torch.zeros(2, 32, 48, 3, dtype=torch.uint8))
     assert used == [threads]
 
 

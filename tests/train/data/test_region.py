@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from wanmoe.moe_lora.errors import WanmoeError
+from wanmoe.moe_lora.motion import ClipFlow, clip_flow
 from wanmoe.moe_lora.video import Fit, read_video
 from wanmoe.train.data.clip_list import read_clip_list
 from wanmoe.train.data.clips import GIVEN, INTERPOLATED, Box, Clip, Polygon, Tip
-from wanmoe.train.data.flow import ClipFlow, clip_flow
 from wanmoe.train.data.region import Marks, Mask, MaskReader, latent_region, pool, window_marks
 from wanmoe.train.synth import synth_clips
 

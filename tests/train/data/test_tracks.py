@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from wanmoe.moe_lora.motion import ClipFlow, clip_flow
 from wanmoe.moe_lora.video import read_video
 from wanmoe.train.data.clip_list import read_clip_list
 from wanmoe.train.data.clips import GIVEN, INTERPOLATED, Box, Tip
-from wanmoe.train.data.flow import ClipFlow, clip_flow
 from wanmoe.train.data.tracks import carry
 from wanmoe.train.synth import synth_clips
 

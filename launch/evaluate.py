@@ -1,0 +1,214 @@
+"""`wanmoe evaluate`: generated clips against real ones, a blind page for raters, and the tally of their
+answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from tqdm import tqdm
+
+from ..moe_lora.errors import WanmoeError
+from ..moe_lora.files import write_atomic
+from .options import Device, chosen_device
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..infer.evaluation.evaluate import Evaluation
+    from ..infer.evaluation.scene import Scene
+
+FORMAT = "wanmoe-evaluation/1"
+
+
+def evaluate(
+    real: Annotated[
+        Path | None, typer.Option(help="Real clips: clips.jsonl, folder or video; their ids tell the pairs.")
+    ] = None,
+    generated: Annotated[
+        list[Path] | None,
+        typer.Option(help="Generated clips, named <id>.mp4 or listed; given twice for --blind."),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Run folder: its held-out clips, noised and made again, are measured.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for evaluation.json and evaluation.md.")] = Path(
+        "evaluation"
+    ),
+    classifier: Annotated[
+        Path | None, typer.Option(help="File of `wanmoe train-classifier`, for identity.")
+    ] = None,
+    detector: Annotated[
+        Path | None, typer.Option(help="File of `wanmoe train-detector`, for tips that nobody marked.")
+    ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="Codec of --run, and of judges of latents; `haar` is a stand-in.")
+    ] = None,
+    lpips: Annotated[
+        Path | None, typer.Option(help="torchvision's AlexNet weights, for warped LPIPS.")
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help="efficientnet-lite0, i3d_torchscript.pt (FVD) or a folder of VideoMAE."),
+    ] = None,
+    start: Annotated[
+        float, typer.Option(help="With --run: noise level that clips are made again from; 1 is noise alone.")
+    ] = 0.8,
+    steps: Annotated[int, typer.Option(min=1, help="With --run: denoising steps.")] = 8,
+    track: Annotated[
+        str | None, typer.Option(help="MLflow tracking URI that the figures go to as a run.")
+    ] = None,
+    blind: Annotated[
+        Path | None, typer.Option(help="Write a page on which raters compare two sets, and its key.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="With --blind: pairs on the page at most.")] = 30,
+    question: Annotated[
+        str, typer.Option(help="With --blind: what raters are asked.")
+    ] = "Which clip looks more like real surgery?",
+    tally: Annotated[
+        list[Path] | None, typer.Option(help="Answer files of a blind page, or folders of them.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="With --tally: the key of the page.")] = None,
+    seed: int = 0,
+    device: Device = None,
+) -> None:
+    """Measure generated clips against real ones: place, identity, steadiness, distance of sets, router."""
+    if tally:
+        from .blind import say_tally
+
+        return say_tally(tally, key, seed)
+    if blind is not None:
+        from .blind import make_page
+
+        return make_page(blind, real, generated or [], pairs, question, seed)
+    if key is not None:
+        raise WanmoeError("--key is for --tally")
+    if (run is None) == (not generated):
+        raise WanmoeError("give --generated clips and the --real ones, or the --run that is to make them")
+    if generated and (real is None or len(generated) > 1):
+        raise WanmoeError("give the --real clips and one set of --generated ones; two sets are for --blind")
+    if run is not None and (vae is None or real is not None):
+        raise WanmoeError("--run takes its real clips from its shards, and needs their codec: --vae")
+    place = chosen_device(device)
+    from ..infer.evaluation.evaluate import evaluate as measure
+    from .evaluation import open_judges
+
+    judges = open_judges(classifier, detector, vae, lpips, features, place)
+    out.mkdir(parents=True, exist_ok=True)
+    sources: dict[str, dict[str, str]] = {}
+    if run is not None:
+        assert vae is not None
+        found = _of_run(run, vae, start, steps, out, judges, seed, place, sources)
+    else:
+        assert generated and real is not None
+        found = measure(_counted(_of_files(generated[0], real, sources)), judges, seed)
+    facts = _facts(run, generated, real, judges, start, steps, seed)
+    _write(found, facts, sources, out)
+    for line in _lines(found):
+        typer.echo(line)
+    typer.echo(f"\nwrote {out / 'evaluation.json'} and {out / 'evaluation.md'}")
+    if track is not None:
+        _track(track, found, facts, out)
+
+
+def _of_files(made: Path, real: Path, sources: dict[str, dict[str, str]]) -> list[Any]:
+    from .evaluation import paired, read_clips, scenes
+
+    pairs = paired(read_clips(made), read_clips(real))
+    for own, other in pairs:
+        sources[own.id] = {"made": str(own.video_path.resolve())}
+        if other is not None:
+            sources[own.id]["real"] = str(other.video_path.resolve())
+            sources[own.id]["real_start"] = str(other.start_frame)
+    return [len(pairs), scenes(pairs)]
+
+
+def _counted(work: list[Any]) -> Iterator[tuple[Scene, Scene | None]]:
+    total, pairs = work
+    yield from tqdm(pairs, total=total, unit="clip", desc="evaluate", disable=not sys.stderr.isatty())
+
+
+def _of_run(
+    folder: Path,
+    vae: str,
+    start: float,
+    steps: int,
+    out: Path,
+    judges: Any,
+    seed: int,
+    device: torch.device,
+    sources: dict[str, dict[str, str]],
+) -> Evaluation:
+    from ..infer.evaluation.evaluate import evaluate as measure
+    from .evaluation_run import open_run, router_figures, run_scenes
+
+    run = open_run(folder)
+    found = measure(run_scenes(run, vae, start, steps, out, device), judges, seed)
+    for name in found.each:
+        sources[name] = {side: str((out / side / f"{name}.mp4").resolve()) for side in ("made", "real")}
+    found.router, found.load = router_figures(run, seed)
+    found.notes.append(
+        f"the generated clips are held-out clips, noised to t = {start:g} and made again in {steps} steps "
+        "without guidance; the real ones are decoded from the shards, so that the codec's own loss is in both"
+    )
+    return found
+
+
+def _facts(
+    run: Path | None,
+    generated: list[Path] | None,
+    real: Path | None,
+    judges: Any,
+    start: float,
+    steps: int,
+    seed: int,
+) -> dict[str, Any]:
+    from ..kernels.bench.provenance import provenance
+
+    facts: dict[str, Any] = {"seed": seed}
+    if run is not None:
+        facts |= {"run": str(run), "start": start, "steps": steps}
+    else:
+        facts |= {"generated": str(generated[0]) if generated else "", "real": str(real)}
+    if judges.backbone is not None:
+        facts["features"] = judges.backbone.origin
+    return facts | {"made_on": provenance(torch.device("cpu"), sys.argv)}
+
+
+def _write(found: Evaluation, facts: dict[str, Any], sources: dict[str, Any], out: Path) -> None:
+    from ..infer.evaluation.evaluate import as_json
+    from ..infer.evaluation.table import markdown
+
+    values = {"format": FORMAT, "facts": facts, **as_json(found), "sources": sources}
+    text = json.dumps(values, indent=1, ensure_ascii=False)
+    write_atomic(out / "evaluation.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+    title = f"Evaluation of {facts.get('run') or facts.get('generated')}"
+    page = markdown(found, title)
+    write_atomic(out / "evaluation.md", lambda partial: partial.write_text(page, encoding="utf-8"))
+
+
+def _lines(found: Evaluation) -> list[str]:
+    from ..infer.evaluation.table import terminal
+
+    return terminal(found)
+
+
+def _track(uri: str, found: Evaluation, facts: dict[str, Any], out: Path) -> None:
+    from ..infer.evaluation.table import flat
+    from ..train.mlflow_once import record
+
+    params = {key: value for key, value in facts.items() if key != "made_on"}
+    run = record(
+        uri,
+        "wanmoe",
+        f"evaluate {Path(str(facts.get('run') or facts.get('generated'))).name}",
+        params=params,
+        metrics=flat(found),
+        artifacts=[out / "evaluation.json", out / "evaluation.md"],
+        folder=out,
+    )
+    typer.echo(f"MLflow run {run}")

@@ -1,0 +1,169 @@
+"""`wanmoe evaluate` as it is typed: clips from files and from a run, errors in one line, the blind page."""
+
+import json
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+
+from wanmoe.launch import cli
+from wanmoe.launch.evaluation import paired, read_clips, scenes
+from wanmoe.moe_lora.errors import WanmoeError
+from wanmoe.moe_lora.video import read_video, write_video
+from wanmoe.train.synth import synth_clips
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn scenes, and copies of their held-out clips that are brighter; two names in the lists."""
+    root = tmp_path_factory.mktemp("evaluate")
+    synth_clips(root / "scenes", clips=4, val=8, height=64, width=80, frames=9)
+    (root / "made").mkdir()
+    for path in sorted((root / "scenes" / "videos").glob("val-*.mp4")):
+        frames = (read_video(path).int() + 20).clamp(0, 255).byte()
+        write_video(root / "made" / path.name, frames, 16)
+    return root
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
+) -> tuple[int, str, str]:
+    """(exit code, standard output, last line on standard error) of `wanmoe evaluate words`."""
+    monkeypatch.setattr(sys, "argv", ["wanmoe", "evaluate", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    told = capsys.readouterr()
+    code = stop.value.code if isinstance(stop.value.code, int) else 0
+    return code, told.out, (told.err.strip().splitlines() or [""])[-1]
+
+
+def test_a_folder_against_a_list(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], work: Path, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    out = tmp_path / "figures"
+    code, text, _ = run(
+        monkeypatch,
+        capsys,
+        *("--real", work / "scenes" / "clips.jsonl", "--generated", work / "made", "--out", out),
+        *("--features", "efficientnet-lite0", "--track", uri),
+    )
+    assert code == 0
+    found = json.loads((out / "evaluation.json").read_text())
+    assert found["clips"] == {"pairs": 8, "made": 8, "real": 8}
+    assert found["rows"]["fds"]["made"]["value"] == pytest.approx(20 / 127.5, abs=0.02)
+    assert found["rows"]["gatc"]["made"]["value"] > 0.9, "brightness is nothing to a correlation"
+    assert [row["name"] for row in found["sets"]] == [
+        "KID on EfficientNet-Lite0",
+        "FID on EfficientNet-Lite0",
+    ]
+    assert Path(found["sources"]["val-0000-scissors"]["real"]).is_file()
+    assert "warped PSNR" in text and "no tip is measured" in text
+    assert "# Evaluation of" in (out / "evaluation.md").read_text()
+    logged = mlflow.MlflowClient(uri).search_runs(["1"])[0]
+    assert logged.data.metrics["evaluate/fds"] == found["rows"]["fds"]["made"]["value"]
+    assert logged.info.status == "FINISHED"
+
+
+def test_marks_follow_the_size_and_rate_of_the_generated_clip(work: Path, tmp_path: Path) -> None:
+    """A generated clip of half the size and rate: the real one is read so, and its tips and masks with it."""
+    source = work / "scenes" / "videos" / "val-0001-hook.mp4"
+    small = read_video(source, fps=8, size=(32, 40))
+    write_video(tmp_path / source.name, small, 8)
+    ((made, real),) = scenes(paired(read_clips(tmp_path), read_clips(work / "scenes" / "clips.jsonl")))
+    assert real is not None and made.size == real.size == (32, 40) and real.fps == 8
+    assert len(made.frames) == len(real.frames) == len(small)
+    row = next(
+        json.loads(line)
+        for line in (work / "scenes" / "clips.jsonl").read_text().splitlines()
+        if "val-0001-hook" in line
+    )
+    for place in range(len(real.frames)):
+        marked = [tip for tip in row["tips"] if tip[0] == 2 * place]
+        if marked:
+            wanted = (np.array(marked[0][1:3]) + 0.5) / 2 - 0.5
+            tip = real.tips[place]
+            assert tip is not None and np.allclose(tip[0], wanted, atol=2e-3)
+            mask = real.masks[place]
+            assert mask is not None and mask.shape[1:] == (32, 40)
+            rows, cols = mask.any(0).nonzero(as_tuple=True)
+            near = torch.stack([cols, rows], 1).double() - tip[0]
+            assert float(near.norm(dim=1).min()) < 2, "the tip is at the instrument"
+
+
+def test_ids_tell_pairs(work: Path, tmp_path: Path) -> None:
+    real = read_clips(work / "scenes" / "clips.jsonl")
+    made = read_clips(work / "made")
+    assert [clip.id for clip, other in paired(made, real) if other is None] == []
+    assert all(clip.instruments is None for clip in made), "a file name is no label"
+    alone = read_clips(work / "made" / "val-0000-scissors.mp4")
+    other = read_clips(work / "scenes" / "videos" / "val-0003-other.mp4")
+    assert paired(alone, other) == [(alone[0], other[0])], "one alone on each side belong together"
+    with pytest.raises(WanmoeError, match=r"generated are .*, real .*; name each generated"):
+        paired(made, [clip for clip in real if clip.id.startswith("train")])
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for folder in ("a", "b"):
+        (tmp_path / folder / "clip.mp4").write_bytes((work / "made" / "val-0000-scissors.mp4").read_bytes())
+    with pytest.raises(WanmoeError, match="the id 'clip' is that of"):
+        read_clips(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "give --generated clips and the --real ones, or the --run"),
+        (("--generated", "MADE"), "give the --real clips"),
+        (("--generated", "MADE", "--generated", "MADE", "--real", "REAL"), "two sets are for --blind"),
+        (("--generated", "MADE", "--run", "x"), "give --generated clips"),
+        (("--run", "x"), "needs their codec: --vae"),
+        (("--run", "x", "--vae", "haar"), "no run: it has no config.toml"),
+        (("--generated", "nowhere", "--real", "REAL"), "nowhere"),
+        (("--generated", "MADE", "--real", "REAL", "--features", "fvd"), "features are efficientnet-lite0"),
+        (("--generated", "MADE", "--real", "REAL", "--classifier", "x.safetensors"), "not a readable"),
+        (("--generated", "MADE", "--key", "x"), "--key is for --tally"),
+        (("--tally", "MADE"), "--tally needs the --key"),
+        (("--blind", "page.html", "--generated", "MADE"), "--blind compares two sets"),
+        (("--blind", "page.txt", "--generated", "MADE", "--real", "REAL"), "an .html file"),
+        (("--blind", "page.html", "--generated", "MADE", "--generated", "MADE"), "both are"),
+    ],
+)
+def test_wrong_words_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    work: Path,
+    tmp_path: Path,
+    words: tuple[str, ...],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {"MADE": work / "made", "REAL": work / "scenes" / "clips.jsonl"}
+    code, _, line = run(monkeypatch, capsys, *(places.get(word, word) for word in words))
+    assert code == 2 and line.startswith("wanmoe: error: ") and said in line
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_a_blind_page_of_two_models_and_its_tally(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], work: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "study.html"
+    sets = ("--generated", work / "made", "--generated", work / "scenes" / "videos")
+    code, text, _ = run(monkeypatch, capsys, "--blind", page, *sets, "--pairs", "3")
+    assert code == 0 and "3 pairs, made against videos" in text
+    key = json.loads((tmp_path / "study.key.json").read_text())
+    answers = []
+    for name, pair in key["pairs"].items():
+        left, right = pair["clips"]
+        chosen = "left" if pair["clips"][left] == "made" else "right"
+        answers.append({"pair": name, "left": left, "right": right, "choice": chosen})
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    for rater in ("a", "b"):
+        told = {"format": "wanmoe-blind/1", "study": key["study"], "rater": rater, "answers": answers}
+        (folder / f"{rater}.json").write_text(json.dumps(told))
+    code, text, _ = run(monkeypatch, capsys, "--tally", folder, "--key", tmp_path / "study.key.json")
+    assert code == 0 and "6 answers by 2 raters on 3 pairs" in text
+    assert "win rate of made: 1.000" in text and "raters prefer made" in text
