@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from ..moe_lora.errors import CommonError, WanmoeError
+from .ablate import ablate
 from .bench import app as bench_app
 from .clips import clips
 from .convert import convert, inspect
@@ -42,6 +43,7 @@ app.command()(train_classifier)
 app.command()(train_detector)
 app.command()(generate)
 app.command()(evaluate)
+app.command()(ablate)
 app.command()(convert)
 app.command()(inspect)
 app.add_typer(launch_app, name="launch")

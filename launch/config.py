@@ -70,10 +70,10 @@ def load_config(path: Path, overrides: Sequence[str] = (), machine: str | None =
     Raises:
         WanmoeError: not readable, an unknown key (with the nearest valid one), or a value that does not fit.
     """
-    tree = _read_toml(path)
+    tree = read_toml(path)
     resolve_paths(tree, path.parent)
     if machine is not None:
-        tree = _over(_read_toml(machine_preset(machine)), tree)
+        tree = _over(read_toml(machine_preset(machine)), tree)
     apply_overrides(tree, overrides)
     # Those of the command line are as the shell means them; a run's config.toml must not move them.
     resolve_paths(tree, Path.cwd())
@@ -111,7 +111,7 @@ def load_experts(path: Path | None) -> ExpertSet:
 
 def load_adapter_config(path: Path) -> AdapterConfig:
     """The `adapter` section of a config file alone; raises WanmoeError as `load_config`."""
-    tree = _read_toml(path)
+    tree = read_toml(path)
     try:
         return AdapterConfig.model_validate(tree.get("adapter", {}))
     except ValidationError as error:
@@ -134,7 +134,8 @@ def parse_config(tree: dict[str, Any], source: str) -> Config:
         raise WanmoeError(f"{source}: {_first_problem(error)}") from error
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as nested dicts; WanmoeError where it cannot be read or is none."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

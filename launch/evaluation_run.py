@@ -84,11 +84,11 @@ def run_scenes(
                 with torch.no_grad():
                     frames = to_frames(codec.decode(source[None].to(device))[0])
                 write_video(out / folder / f"{key}.mp4", frames, FPS, {"clip": key})
-                scenes.append(_scene(sample, frames, marked=folder == "real"))
+                scenes.append(decoded_scene(sample, frames, marked=folder == "real"))
             yield scenes[0], scenes[1]
 
 
-def _scene(sample: Sample, frames: Tensor, marked: bool) -> Scene:
+def decoded_scene(sample: Sample, frames: Tensor, marked: bool) -> Scene:
     """A decoded clip, with what its shard says of it."""
     tips: tuple[Tensor | None, ...] = ()
     if marked:
