@@ -226,7 +226,7 @@ def _expanded(
         name = f"{row.name}, {told}" if row.name else told
         tree: Tree = {}
         for key, value in patch.items():
-            _put(tree, key, value)
+            _put(tree, key, value, where)
         out.append((name, _changed(steps, over(row.set, tree), path)))
     return out
 
@@ -291,9 +291,12 @@ def over(under: Tree, tree: Tree) -> Tree:
     return merged
 
 
-def _put(tree: Tree, dotted: str, value: Any) -> None:
+def _put(tree: Tree, dotted: str, value: Any, where: str) -> None:
     if dotted != "shards":
-        check_key(dotted)
+        try:
+            check_key(dotted)
+        except WanmoeError as error:
+            raise WanmoeError(f"{where}: {error}") from error
     *sections, leaf = dotted.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})

@@ -44,7 +44,7 @@ def difference(result: Result, name: str, key: str, seed: int = 0) -> Difference
     """Of a figure from the reference, over the seeds that both have; None without any."""
     rows, others = result["rows"][name], result["rows"].get(result["reference"], {})
     # A row that trains nothing has one result for all seeds.
-    seeds = [one for one in rows if one in others] or (list(others) if len(rows) == 1 else [])
+    seeds = list(others) if len(rows) == 1 else [one for one in rows if one in others]
     pairs = [(rows.get(one, next(iter(rows.values()))), others[one]) for one in seeds]
     pairs = [
         (own["figures"][key], other["figures"][key])

@@ -158,37 +158,6 @@ def data(
 
 
 @app.command()
-def recipes(
-    rows: Annotated[
-        str | None, typer.Option(help='Names of recipes, with semicolons, or "all". Default: the main ones.')
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe.")] = 3,
-    out: Annotated[
-        Path, typer.Option(help="Folder for runs and table; a second call goes on where one was cut off.")
-    ] = Path("runs/recipes"),
-    jobs: Annotated[int | None, typer.Option(min=1, help="Trainings at a time. Default: as cores.")] = None,
-) -> None:
-    """Train an adapter by several recipes on drawn scenes and compare what they learned: one table."""
-    import os
-
-    from .bench_recipes import Sizes, run_recipes, table, write_result
-    from .recipes import MAIN, RECIPES
-
-    names = list(RECIPES) if rows == "all" else [word.strip() for word in rows.split(";")] if rows else MAIN
-    result = run_recipes(
-        names,
-        range(seeds),
-        out,
-        Sizes(),
-        jobs or os.cpu_count() or 1,
-        ["wanmoe", *sys.argv[1:]],
-        typer.echo,
-    )
-    path = write_result(result, out)
-    typer.echo(f"{table(result)}\nwrote {path}")
-
-
-@app.command()
 def engine(
     parts: Annotated[str, typer.Option(help="bytes, speed, prefix, with commas.")] = "bytes,speed,prefix",
     ranks: Annotated[int, typer.Option(min=2, help="Processes that train the small model on the CPU.")] = 2,

@@ -166,7 +166,7 @@ def test_the_figures_of_the_readme_are_those_of_the_committed_result():
 
 @pytest.mark.parametrize(("mark", "result"), [("main", "recipes"), ("search", "recipes-search")])
 def test_the_tables_of_recipes_are_those_of_the_committed_results(mark, result):
-    from wanmoe.launch.bench_recipes import table
+    from wanmoe.launch.ablation_table import table
 
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     shown = page.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0].strip()

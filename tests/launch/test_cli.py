@@ -41,6 +41,7 @@ OPTIONS = {
     "validate": "dit shards adapter wrong-expert out",
     "evaluate": "real generated run out classifier detector vae lpips features start steps track blind pairs "
     "question tally key seed device",
+    "ablate": "out rows seeds jobs track dry device",
     "generate": "prompt prompts model dit dit-high-noise vae text t5 tokenizer clip task output-path "
     "lora-moe-weights lora-moe-config-file fold-timestep lora instrument-hint mix schedule ema "
     "image-path last-image-path num-frames video-size num-steps guidance-scale "
@@ -55,7 +56,6 @@ OPTIONS = {
     "bench ring": "out device",
     "bench data": "samples latent tokens workers rounds scratch out",
     "bench engine": "parts ranks quick out device",
-    "bench recipes": "rows seeds out jobs",
     "bench tune": "linears tokens",
     "bench resources": "archs out",
 }
