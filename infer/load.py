@@ -155,12 +155,12 @@ def check_loras(loras: Sequence[LoRASpec], sides: Iterable[str]) -> None:
 def check_stored(config: WanConfig, stream: int, stored: bool, merged: bool, compiled: bool) -> None:
     """Raises WanmoeError for what does not go with blocks that stream or are quantised (`stored`)."""
     if not 0 <= stream <= config.num_layers:
-        raise WanmoeError(f"stream {stream}: the model has {config.num_layers} blocks; give 0 to as many")
-    for given, name in ((merged, "merged"), (compiled, "compiled")):
+        raise WanmoeError(f"--stream {stream}: the model has {config.num_layers} blocks; give 0 to as many")
+    for given, name in ((merged, "--merged"), (compiled, "--compile")):
         if stored and given:
             raise WanmoeError(
                 f"{name} needs blocks whose weights are on the card to stay and as they are: leave {name} "
-                "out, or stream and quantised"
+                "out, or --stream and --quantised"
             )
 
 

@@ -188,6 +188,9 @@ class LoRAMoEInference:
             )
             if ring is not None and store is not None:
                 model[0].streamed = ring.add(store, list(model[0].blocks), self.config.num_layers)
+                if self._stream:
+                    told = (name, self._stream, self.config.num_layers)
+                    _log.info("%s-noise model: %d of %d blocks stream from host memory", *told)
                 if store.errors:
                     _log.info("%s-noise model %s", name, store.describe_error())
             side = Side(

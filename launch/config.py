@@ -4,8 +4,9 @@ nearest key."""
 from __future__ import annotations
 
 import difflib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def load_config(path: Path, overrides: Sequence[str] = (), machine: str | None =
     apply_overrides(tree, overrides)
     # Those of the command line are as the shell means them; a run's config.toml must not move them.
     resolve_paths(tree, Path.cwd())
-    return parse_config(tree, str(path))
+    given = {word[2:].split("=")[0].replace("-", "_") for word in overrides if word.startswith("--")}
+    return parse_config(tree, str(path), given)
 
 
 def machine_preset(name: str) -> Path:
@@ -126,12 +128,15 @@ def parse_launch(tree: dict[str, Any], source: str) -> LaunchConfig:
         raise WanmoeError(f"{source}: {_first_problem(error)}") from error
 
 
-def parse_config(tree: dict[str, Any], source: str) -> Config:
-    """Validates a nested dict; `source` names it in errors."""
+def parse_config(tree: dict[str, Any], source: str, given: Collection[str] = ()) -> Config:
+    """Validates a nested dict; `source` names it in errors, but for the keys `given` on the command line."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise WanmoeError(f"{source}: {_first_problem(error)}") from error
+        problem = _first_problem(error)
+        if any(problem.startswith(f"{key}:") for key in given):
+            raise WanmoeError(f"--{problem}") from error
+        raise WanmoeError(f"{source}: {problem}") from error
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -238,7 +243,12 @@ def _toml_value(text: str) -> Any:
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"])
+    # Of a key that takes one thing or another pydantic names each: what it says of them is one problem.
+    loc = [part for part in problem["loc"] if not re.search(r"[\[(]|^int$|^float$|^constrained", str(part))]
+    place = ".".join(map(str, loc))
+    if len(loc) < len(problem["loc"]):
+        ways = [one["msg"] for one in error.errors() if list(one["loc"][: len(loc)]) == loc]
+        problem = {**problem, "msg": "; or ".join(dict.fromkeys(ways))}
     if problem["type"] == "extra_forbidden":
         known = valid_keys() if "." in place else list(Config.model_fields)
         return f"unknown key {place!r}; nearest is {nearest(place, known)!r}"
@@ -246,4 +256,5 @@ def _first_problem(error: ValidationError) -> str:
         return f"key {place!r} is missing"
     value = problem.get("input")
     shown = "" if isinstance(value, dict) else f" (got {value!r})"
-    return f"{place}: {problem['msg'].removeprefix('Value error, ')}{shown}"
+    told = f"{problem['msg'].removeprefix('Value error, ')}{shown}"
+    return f"{place}: {told}" if place else told

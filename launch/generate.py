@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -301,6 +302,8 @@ def _check(
     for path in outputs:
         if outputs.count(path) > 1:
             raise WanmoeError(f"two of the prompts write {path}; give one of them another output_path")
+        if not os.access(path.parent, os.W_OK):  # before minutes of denoising
+            raise WanmoeError(f"{path}: nothing can be written to the folder {path.parent}")
 
 
 def _run(pipeline: Any, request: dict[str, Any], label: str) -> None:

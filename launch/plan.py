@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,12 +60,19 @@ def plan(
     from ..train.planner import Planner, card_of
 
     if (card is None) == (fit is None):
-        raise WanmoeError("give --card CARD for the run as configured, or --fit CARD for settings that fit")
+        which = "not both" if card else "for settings that fit"
+        raise WanmoeError(f"give --card CARD for the run as configured, or --fit CARD: {which}")
     if out is not None and (fit is None or generate):
         raise WanmoeError("--out writes what --fit proposes for training: give --fit, and no --generate")
+    if out is not None:
+        _check_out(out)
+    _check_keys(context.args, fit is not None, generate)
+    if generate and ranks > 1:
+        raise WanmoeError("--ranks is for training: a video is generated on one card")
     kind = card_of(str(card or fit), None if pcie is None else pcie * GB)
     files = [PRESETS / f"stage_{stage}.toml" for stage in "bac"] if config is None else [config]
-    read = [load_config(file, context.args, machine) for file in files[: 1 if generate else None]]
+    one = generate or "train.stage" in _keys(context.args)
+    read = [load_config(file, context.args, machine) for file in files[: 1 if one else None]]
     if config is None and model is None:
         model = "t2v-A14B"
     jobs = [job_of(one, model, size, frames, ranks, generate, kind.is_host) for one in read]
@@ -73,7 +81,9 @@ def plan(
         found = [planner.needs(settings_of(read[0], planner))]
     else:
         room = math.inf if host is None else host * GB
-        found = planner.fit(host=room) if fit is not None else planner.fit((None,), room)
+        asked = read[0].model.quantised
+        every = (None, "fp8", "nf4") if asked is None and fit is not None else (asked,)
+        found = planner.fit(every, room)
     typer.echo(describe(planner, found[0]))
     if not generate:
         typer.echo(
@@ -85,10 +95,47 @@ def plan(
     if out is not None:
         write_preset(out, planner, found[0])
         typer.echo(f"\nwrote {out}: wanmoe train --config ... --machine {out}")
+    if "nf4" in (one.settings.quantised for one in found[:1]) and find_spec("bitsandbytes") is None:
+        typer.echo("\nnf4 takes bitsandbytes, which is not installed: pip install 'wanmoe[nf4]'")
+    waits = sum(found[0].host.values())
+    if host is not None and waits > host * GB:
+        raise WanmoeError(
+            f"{waits / GB:.3g} GB on the host do not fit into --host {host:g}; --fit {card} --host {host:g} "
+            "says what does"
+        )
     if found[0].peak > kind.memory:
         raise WanmoeError(
             f"{found[0].peak / GB:.3g} GB do not fit into {kind.memory / GB:.3g}; see --fit {card}"
         )
+
+
+_CHOSEN = ("train.checkpointing", "ring.blocks", "deepspeed.zero")
+
+
+def _keys(words: Sequence[str]) -> list[str]:
+    """The config keys among the words of a command line."""
+    return [word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+
+
+def _check_keys(words: Sequence[str], fit: bool, generate: bool) -> None:
+    """A key that is given and would not be followed is refused."""
+    given = _keys(words)
+    chosen = [key for key in given if key in _CHOSEN]
+    if chosen and (fit or generate):
+        what = "--generate" if generate else "--fit"
+        away = "leave it out" if generate else "leave it out, or give --card for the run as configured"
+        raise WanmoeError(f"--{chosen[0]}: {what} chooses it itself; {away}")
+
+
+def _check_out(out: Path) -> None:
+    """Before seconds of planning: a preset may be replaced, nothing else."""
+    if not out.absolute().parent.is_dir():
+        raise WanmoeError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+    if out.is_dir() or (out.exists() and _BY_PLAN not in out.read_text(encoding="utf-8", errors="replace")):
+        raise WanmoeError(f"--out {out}: it is there and no preset of `wanmoe plan`; choose another name")
+
+
+_BY_PLAN = "# By `wanmoe plan`"
 
 
 def job_of(
@@ -139,18 +186,25 @@ def job_of(
     if size is None and frames is None and not generate and (shards / "manifest.json").exists():
         latent = max(ShardIndex(shards).buckets, key=math.prod)
     else:
-        latent = latent_shape(frames or 81, *(size or (256, 256)))
-    if any(n % patch for n, patch in zip(latent, wan.patch_size, strict=True)):
-        raise WanmoeError("height and width of a clip must be multiples of 16")
+        height, width = size or (256, 256)
+        if any(side < 16 or side % 16 for side in (height, width)):
+            near = " ".join(str(max(1, round(side / 16)) * 16) for side in (height, width))
+            raise WanmoeError(f"--size {height} {width}: multiples of 16 are wanted; nearest is {near}")
+        latent = latent_shape(frames or 81, height, width)
     shared = 1 if generate else config.train.sequence_parallel
+    if wan.num_heads % shared:
+        raise WanmoeError(
+            f"train.sequence_parallel = {shared} does not divide the model's {wan.num_heads} attention heads"
+        )
     if ranks % shared:
         raise WanmoeError(f"--ranks {ranks} does not divide by train.sequence_parallel = {shared}")
+    one_model = model is not None and not model.endswith("A14B")
     bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and not host)
     forwards = 2 if generate else with_accumulation(config, ranks // shared).train.accumulation
     return Job(
         model or str(weights or config.model.preset),
         wan,
-        1 if config.model.dit_high_noise is None else 2,
+        1 if config.model.dit_high_noise is None or one_model else 2,
         read_adapter_info(adapter).adapter if known and adapter is not None else config.adapter,
         () if generate else STAGES[stage_name(config)].trains,
         latent,
@@ -299,7 +353,7 @@ def write_preset(path: Path, planner: Planner, needs: Needs) -> None:
     models = "both noise experts of one job" if job.models == 2 else "one model"
     lines = [
         f"# {planner.card.name}, {_counted(job.ranks, 'rank')}: {job.name}, {models}, clips of {job.clip}.",
-        f"# By `wanmoe plan`: {needs.peak / GB:.1f} GB on a card, {sum(needs.host.values()) / GB:.1f} on the "
+        f"{_BY_PLAN}: {needs.peak / GB:.1f} GB on a card, {sum(needs.host.values()) / GB:.1f} on the "
         f"host; modelled {needs.seconds / job.forwards:.2f} s a forward and backward.",
         *(["[model]", f'quantised = "{chosen.quantised}"'] if chosen.quantised else []),
         "[data]",

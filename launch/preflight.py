@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from ..moe_lora import AdapterConfig, WanmoeError
 from ..moe_lora.adapter_file import is_adapter, read_adapter
 from ..moe_lora.wan.weights import read_dit_config
 from ..train import ShardDataset
 from ..train.config import TrainerConfig
 from ..train.data.batch import LabelGates, check_labels
-from ..train.model import check_router, side_configs
+from ..train.model import check_router, side_configs, wan_config_of
 from ..train.ranks import check_versions
 from ..train.stages import STAGES, stage_name
 from .config import Config
@@ -55,10 +57,20 @@ def _check_model(config: TrainerConfig, suffix: str) -> AdapterConfig:
         experts = info.adapter
     if stage != "pretrain":
         check_router(config)
+    _check_held(config)
     spec = STAGES[stage_name(config)]
     if "base" in spec.trains and model.dit is not None:
         experts.check_base_trains(read_dit_config(model.dit)[0].num_layers)
     return experts
+
+
+def _check_held(config: TrainerConfig) -> None:
+    """How the base is to be held, as far as it can be told before ranks start."""
+    blocks = wan_config_of(config).num_layers
+    if config.ring.blocks != "auto" and config.ring.blocks > blocks:
+        raise WanmoeError(f"ring.blocks = {config.ring.blocks}: the model has {blocks} blocks")
+    if config.model.quantised == "nf4" and find_spec("bitsandbytes") is None:
+        raise WanmoeError("model.quantised = \"nf4\" needs bitsandbytes: pip install 'wanmoe[nf4]'")
 
 
 def _check_data(config: Config, experts: AdapterConfig) -> None:

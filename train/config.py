@@ -247,7 +247,7 @@ class DeepSpeedConfig(Section):
 
     zero: Literal["auto", 0, 1, 2, 3] = "auto"
     """ZeRO stage. 3 shards the base over the ranks; 0 to 2 keep a whole copy on each. auto: whole copies (1,
-    on one rank 0) where they take at most 60 % of a card's memory, else 3."""
+    on one rank 0) where they fit with what a step takes, else 3, else blocks stream (`ring`)."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Merged over the settings that are derived from the model."""
 
@@ -261,6 +261,12 @@ class RingConfig(Section):
     set or the model fits in another way, else as many as must."""
     slots: int = Field(2, ge=2)
     """Places on the card for blocks that stream: one is computed with while the others fill."""
+
+    @model_validator(mode="after")
+    def _checked(self) -> RingConfig:
+        if self.blocks != "auto" and 2 < self.slots > self.blocks:
+            raise ValueError(f"ring.slots = {self.slots} is more than the {self.blocks} blocks that stream")
+        return self
 
 
 class TrackingConfig(Section):

@@ -33,7 +33,7 @@ from ..moe_lora.needs import (
 )
 from ..moe_lora.wan.config import WanConfig
 from .ring_time import StepTime, step_time
-from .zero import FULL, STATE_BYTES, Stage
+from .zero import FULL, GATHERED, STATE_BYTES, Stage
 
 GB = 10**9
 # Part of a card's rates that large matrix products, attention, and norms and the like reach.
@@ -49,8 +49,6 @@ VAE = 507_570_124
 PROCESS = 570_000_000
 # Bytes of one block of umT5-xxl in bf16.
 TEXT_BLOCK = 385_896_448
-# Blocks that ZeRO-3 holds whole at once: the one that computes and those on their way.
-GATHERED = 3
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,10 @@ def card_of(text: str, link: float | None = None) -> Card:
             )
         larger = [card for card in CARDS.values() if card.memory >= memory]
         if not larger:
-            most = max(CARDS.values(), key=lambda card: card.memory)
-            raise WanmoeError(f"no card of {text}: the largest that is known is {most.name}")
+            named = [name for name in CARDS if text.lower() in name]
+            most = named or [max(CARDS.values(), key=lambda card: card.memory).name]
+            hint = f"did you mean {most[0]}?" if named else f"the largest that is known is {most[0]}"
+            raise WanmoeError(f"no card of {text} GB; {hint}")
         smallest = min(larger, key=lambda card: card.memory)
         card = replace(smallest, memory=int(memory), name=f"{text.upper().removesuffix('GB')}GB")
     return card if link is None else replace(card, link=link)
@@ -313,10 +313,11 @@ class Planner:
         fitting = [one for one in tried if one.peak <= memory and sum(one.host.values()) <= host]
         if not fitting:
             least = min(tried, key=lambda one: one.peak)
+            others = "" if "nf4" in quantised else ", other weights (model.quantised)"
             raise WanmoeError(
                 f"nothing fits into {memory / GB:.3g} GB{_of_host(host)}: the least on a card is "
                 f"{least.peak / GB:.3g} GB, with {sum(least.host.values()) / GB:.3g} GB of the host "
-                f"({least.settings.describe(self.job)}); take smaller or shorter clips, or "
+                f"({least.settings.describe(self.job)}); take smaller or shorter clips{others}, or "
                 "a larger card"
             )
         fitting.sort(key=lambda one: one.seconds)

@@ -30,6 +30,8 @@ SHARE = 0.6
 MOST = 0.85
 # Share that all of it may take, where all of it is known: memory is cut up as it is used.
 FULL = 0.95
+# Blocks that ZeRO-3 holds whole at once: the one that computes and those on their way.
+GATHERED = 3
 # Bytes per trainable parameter beside its weight: gradient, master and two moments, fp32 each.
 STATE_BYTES = 16
 
@@ -84,8 +86,8 @@ def make_plan(
         ring: how many blocks of each model stream, as asked.
         slots: of the ring.
         shardable: whether ZeRO-3 can hold the base: not if it is quantised.
-        beside: bytes that a step takes beside weights and optimizer; asked only where that decides.
-            None: not known.
+        beside: bytes that a step takes beside weights and optimizer, which then decides with them. None: not
+            known; shares of the memory decide.
 
     Raises:
         WanmoeError: stage 0 is asked for where it has no masters, or nothing fits.
@@ -104,31 +106,34 @@ def make_plan(
     if asked != "auto":
         return Plan(asked, f"ZeRO-{asked}, as configured")
     whole = on_card(models, 0, 0) + state
+    step = None if beside is None else beside()
+    # What weights and optimizer may take: all that a step leaves, or shares of the card, where it is unknown
+    usual, most = (SHARE * memory, MOST * memory) if step is None else (FULL * memory - step,) * 2
     told = f"{whole / 1e9:.3g} GB of weights and optimizer in {memory / 1e9:.3g} GB a rank"
-    if whole <= SHARE * memory:
+    if step is not None:
+        told = f"{whole / 1e9:.3g} GB of weights and optimizer and {step / 1e9:.3g} of a step in "
+        told += f"{FULL * memory / 1e9:.3g} GB a rank"
+    if whole <= usual:
         return Plan(replicated, f"ZeRO-{replicated}, whole copies: {told}")
     if world == 1:  # the only shard is the whole
-        left = MOST * memory if beside is None else FULL * memory - beside()
-        alone = Plan(replicated, f"ZeRO-{replicated}, the one copy: {told}")
-        if beside is not None and whole <= left:
-            return alone
         largest = max(model.whole for model in models)
-        if len(models) > 1 and shardable and largest + state <= left:
+        if len(models) > 1 and shardable and largest + state <= most:
             return Plan(0, f"ZeRO-0, the idle model in host memory: {told}", park=True)
-        if whole <= left:
-            return alone
+        if whole <= most:
+            return Plan(replicated, f"ZeRO-{replicated}, the one copy: {told}")
     within = f", and once more within each node of {node} ranks" if (node := node_size(world)) else ""
     twice = (whole - state) / node if node else 0
-    if world > 1 and shardable and whole / world + twice <= MOST * memory:
+    gathered = 0 if step is None else GATHERED * max(model.block for model in models)
+    if world > 1 and shardable and whole / world + twice + gathered <= most:
         return Plan(3, f"ZeRO-3, shards{within}: {told}")
     if ring == "auto" and not mixed:
-        left = SHARE * memory if beside is None else FULL * memory - beside()
         for stream in range(1, blocks + 1):
-            if on_card(models, stream, slots) + state <= left:
+            if on_card(models, stream, slots) + state <= usual:
                 return _streamed(replicated, models, state, stream, slots)
     raise WanmoeError(
-        f"{told} do not fit; train on at least {max(math.ceil(whole / (SHARE * memory)), 2)} such cards "
-        "(launch.ranks, or more nodes), or one model at a time"
+        f"{told} do not fit: take train.checkpointing = true, or other settings that `wanmoe plan --fit` "
+        f"proposes, or at least {max(math.ceil(whole / (SHARE * memory)), 2)} such cards (launch.ranks, or "
+        "more nodes)"
     )
 
 

@@ -263,10 +263,10 @@ def test_a_quantised_model_says_its_error_and_makes_nearly_the_same(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"stream": 9}, "stream 9: the model has 8 blocks; give 0 to as many"),
+        ({"stream": 9}, "--stream 9: the model has 8 blocks; give 0 to as many"),
         ({"stream": -1}, "stream -1: the model has 8 blocks"),
-        ({"stream": 2, "merged": True}, "leave merged out, or stream and quantised"),
-        ({"quantised": "int8", "compiled": True}, "leave compiled out, or stream and quantised"),
+        ({"stream": 2, "merged": True}, "leave --merged out, or --stream and --quantised"),
+        ({"quantised": "int8", "compiled": True}, "leave --compile out, or --stream and --quantised"),
         ({"quantised": "int3"}, "unknown format 'int3'"),
     ],
 )

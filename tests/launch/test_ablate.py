@@ -10,9 +10,10 @@ import mlflow
 import pytest
 import torch
 
-from wanmoe.launch import ablate_run, cli
-from wanmoe.launch.ablate_run import Shared, run_ablation
+from wanmoe.launch import ablation_shared, cli
+from wanmoe.launch.ablate_run import run_ablation
 from wanmoe.launch.ablation import read_ablation
+from wanmoe.launch.ablation_shared import Shared
 from wanmoe.launch.ablation_table import columns, difference, read_result, table, write_result
 from wanmoe.moe_lora import WanmoeError
 
@@ -107,7 +108,7 @@ def test_a_second_call_takes_what_is_there_and_more_rows_are_added(
     done: tuple[Path, Path, dict[str, Any], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, out, result, _ = done
-    monkeypatch.setattr(ablate_run, "_run", lambda *_: pytest.fail("something was trained again"))
+    monkeypatch.setattr(ablation_shared, "run_logged", lambda *_: pytest.fail("something was trained again"))
     said: list[str] = []
     again = run_ablation(read_ablation(file), out, 1, CPU, [], said.append, names=["experts"])
     assert "4 trainings, 4 of them there; 2 rows" in said

@@ -13,9 +13,10 @@ from wanmoe.launch.bench_engine import _stage_b
 from wanmoe.launch.bench_engine_bytes import meta_model, model_bytes
 from wanmoe.launch.config import Config, machine_preset
 from wanmoe.moe_lora import AdapterConfig
-from wanmoe.moe_lora.needs import CONTEXT, activations, base_of
+from wanmoe.moe_lora.needs import base_of
 from wanmoe.moe_lora.wan.config import WanConfig
 from wanmoe.train import zero
+from wanmoe.train.planner import Job, Planner, card_of
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "cluster.md").read_text(encoding="utf-8")
 STARTS = r"^(?:deepspeed .* --module wanmoe\.launch|wanmoe) (.*?)(?: \|\| .*| &)?$"
@@ -53,9 +54,7 @@ def test_the_table_of_machines_is_what_training_would_do(monkeypatch):
     model = meta_model(WanConfig.preset("t2v-A14B"), AdapterConfig(), _stage_b())
     base, trainable = base_of(WanConfig.preset("t2v-A14B"), torch.bfloat16), model.trains
     assert base.whole == 2 * model.base
-    step = activations(
-        WanConfig.preset("t2v-A14B"), AdapterConfig(), ("base", "experts"), (21, 32, 32), checkpointing=True
-    )
+    wan, trains = WanConfig.preset("t2v-A14B"), ("base", "experts")
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.strip().splitlines()[2:]]
     assert len(rows) == 6
     for machine, *cells in rows:
@@ -64,8 +63,10 @@ def test_the_table_of_machines_is_what_training_would_do(monkeypatch):
         world = nodes * local
         monkeypatch.setenv("LOCAL_SIZE", str(local))
         for models, cell in enumerate(cells, 1):
-            asked = [base] * models, trainable * models, world, memory * 10**9
-            plan = zero.make_plan("auto", *asked, beside=lambda: step.peak + CONTEXT)
+            asked = [base] * models, trainable * models, world, int(memory * 10**9 / zero.FULL)
+            job = Job("t2v-A14B", wan, models, AdapterConfig(), trains, (21, 32, 32), ranks=local)
+            planner = Planner(job, card_of(f"{memory}GB"))
+            plan = zero.make_plan("auto", *asked, beside=lambda planner=planner: planner.beside(True))
             assert ("in host memory" in cell) == plan.park
             assert (f"{plan.stream} of 40 blocks stream" in cell) == (plan.stream > 0)
             assert ("shards" in cell) == (plan.stage == 3)
