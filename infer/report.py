@@ -6,41 +6,27 @@ themselves are linked, by a path relative to the page.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import os
-import re
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import cv2
 import numpy as np
 from jinja2 import Environment, StrictUndefined
-from torch import Tensor
 
 from ..moe_lora.errors import WanmoeError
 from ..moe_lora.files import write_atomic
 from ..moe_lora.video import read_video
+from .charts import STYLE, Curve, curve_chart, inline_png
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 FRAME_SIDE = 256
 """Longest side of a frame in the page, in pixels."""
 SAME = 5e-4
 """Losses closer than this share of one another are called the same."""
-
-
-@dataclass
-class Curve:
-    """Losses of one stage against its steps."""
-
-    steps: list[int] = field(default_factory=list)
-    train: list[float] = field(default_factory=list)
-    val_steps: list[int] = field(default_factory=list)
-    val: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -185,8 +171,9 @@ def write_report(run: DemoResults, path: str | Path) -> None:
     environment.filters.update(number=_number, percent=_percent)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         run=run,
+        style=STYLE.read_text(encoding="utf-8"),
         findings=findings(run),
-        charts=[(stage, _curve_chart(stage, curve)) for stage, curve in run.curves.items()],
+        charts=[(stage, curve_chart(stage, curve)) for stage, curve in run.curves.items()],
         validation=_validation_rows(run),
         by_t=_by_t_rows(run),
         expert_rows=_expert_rows(run),
@@ -331,88 +318,7 @@ def _film_rows(videos: dict[str, str], page: Path) -> list[dict[str, Any]]:
     for label, video in videos.items():
         frames = read_video(video)
         count = len(frames)
-        chosen = [(i, _inline_png(frames[i])) for i in dict.fromkeys((0, count // 2, count - 1))]
+        chosen = [(i, inline_png(frames[i], FRAME_SIDE)) for i in dict.fromkeys((0, count // 2, count - 1))]
         link = Path(os.path.relpath(Path(video).resolve(), page.resolve().parent)).as_posix()
         rows.append({"label": label, "frames": chosen, "count": count, "link": link})
     return rows
-
-
-def _inline_png(frame: Tensor) -> str:
-    picture = frame.numpy()
-    scale = min(1.0, FRAME_SIDE / max(picture.shape[:2]))
-    if scale < 1:
-        picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    ok, png = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    if not ok:
-        raise WanmoeError("report: a frame could not be encoded as PNG")
-    return "data:image/png;base64," + base64.b64encode(png.tobytes()).decode()
-
-
-def smooth(values: list[float], window: float) -> list[float]:
-    """Bias-corrected exponential moving average over about `window` values; not-finite ones are skipped."""
-    beta = 1 - 1 / max(1.0, window)
-    total, weight, out = 0.0, 0.0, []
-    for value in values:
-        if math.isfinite(value):
-            total, weight = beta * total + value, beta * weight + 1
-        out.append(total / weight if weight else math.nan)
-    return out
-
-
-# The page's own colours stand in for these in the SVG, so that a chart follows its light or dark ground.
-_INK, _TRAIN, _VALID = "#010203", "#010204", "#010205"
-_PAGE_COLOURS = {_INK: "currentColor", _TRAIN: "var(--train)", _VALID: "var(--valid)"}
-
-
-def _curve_chart(stage: str, curve: Curve) -> str:
-    """Inline SVG: raw and smoothed training loss, and validation loss, against the step."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    look = {"svg.fonttype": "none", "svg.hashsalt": stage, "font.size": 9, "text.color": _INK}
-    look |= {"axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK}
-    with matplotlib.rc_context(look):
-        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        if curve.train:
-            smoothed = smooth(curve.train, len(curve.train) / 20)
-            axes.plot(curve.steps, curve.train, color=_TRAIN, alpha=0.28, linewidth=0.8)
-            axes.plot(curve.steps, smoothed, color=_TRAIN, linewidth=1.8, label="train (smoothed)")
-            shown = [v for v in [*curve.train, *curve.val] if math.isfinite(v)]
-            low, high = np.percentile(shown, [0, 99]) if shown else (0.0, 1.0)
-            high = max([high, *(v for v in curve.val if math.isfinite(v))])
-            pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-            axes.set_ylim(low - pad, high + pad)
-        if curve.val:
-            axes.plot(
-                curve.val_steps,
-                curve.val,
-                color=_VALID,
-                linewidth=1.6,
-                marker="o",
-                markersize=3.5,
-                label="validation",
-            )
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss")
-        axes.grid(color=_INK, alpha=0.12, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        if curve.train or curve.val:
-            axes.legend(frameon=False, loc="upper right")
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True)
-    return _adopt_svg(text.getvalue())
-
-
-def _adopt_svg(svg: str) -> str:
-    """An SVG file as part of a page: no prologue, no metadata, no fixed size, the page's colours and font."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"(<svg[^>]*?) width=\"[^\"]*\"", r"\1", svg, count=1)
-    svg = re.sub(r"(<svg[^>]*?) height=\"[^\"]*\"", r"\1", svg, count=1)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    for stand_in, colour in _PAGE_COLOURS.items():
-        svg = svg.replace(stand_in, colour)
-    return svg

@@ -25,6 +25,7 @@ from .launch_command import app as launch_app
 from .options import Size
 from .plan import plan
 from .prepare import PrepareCommand, prepare
+from .report import report
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ app.command()(train_detector)
 app.command()(generate)
 app.command()(evaluate)
 app.command()(ablate)
+app.command()(report)
 app.command()(convert)
 app.command()(inspect)
 app.add_typer(launch_app, name="launch")

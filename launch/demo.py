@@ -20,7 +20,7 @@ import torch
 import typer
 
 from ..infer import LoRAMoEInference
-from ..infer.report import Curve, DemoResults, findings, write_report
+from ..infer.report import DemoResults, findings, write_report
 from ..moe_lora import Expert, ExpertSet, WanmoeError
 from ..moe_lora.instruments import SURGICAL
 from ..moe_lora.video import read_video, to_frames, write_video
@@ -38,6 +38,7 @@ from ..train.synth import synth_clips
 from ..train.tracking import read_metrics
 from .config import Config, parse_config
 from .launcher import launch
+from .report import curve
 
 MARKER = ".wanmoe-demo"
 RESULTS = "demo.json"
@@ -267,7 +268,7 @@ def measure(out: Path, experts: ExpertSet, shards: Path, recipe: Recipe, seed: i
         title="wanmoe demo",
         facts=facts(out, figures),
         stand_ins=STAND_INS,
-        curves={stage: curve(out / stage) for stage in STAGES},
+        curves={stage: curve(read_metrics(out / stage)) for stage in STAGES},
         validation={name: figure["loss"] for name, figure in figures.items()},
         validation_by_t={
             name: {float(t): loss for t, loss in figure["by_t"].items()} for name, figure in figures.items()
@@ -335,19 +336,6 @@ def generate_videos(
 def base_path(out: Path) -> Path:
     """The base that stage pretrain wrote."""
     return out / "pretrain" / "model.safetensors"
-
-
-def curve(run: Path) -> Curve:
-    """Training and held-out loss of a run by step."""
-    lines = read_metrics(run)
-    train = [line for line in lines if "train/loss" in line]
-    val = [line for line in lines if "val/loss" in line]
-    return Curve(
-        steps=[int(line["step"]) for line in train],
-        train=[line.get("train/diffusion", line["train/loss"]) for line in train],
-        val_steps=[int(line["step"]) for line in val],
-        val=[line["val/loss"] for line in val],
-    )
 
 
 def facts(out: Path, figures: dict[str, Any]) -> dict[str, str]:

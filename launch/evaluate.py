@@ -4,6 +4,7 @@ answers."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,9 +37,10 @@ def evaluate(
     run: Annotated[
         Path | None, typer.Option(help="Run folder: its held-out clips, noised and made again, are measured.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for evaluation.json and evaluation.md.")] = Path(
-        "evaluation"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for evaluation.json and .md. Default: evaluation, in the --run if any."),
+    ] = None,
     classifier: Annotated[
         Path | None, typer.Option(help="File of `wanmoe train-classifier`, for identity.")
     ] = None,
@@ -94,10 +96,13 @@ def evaluate(
     if run is not None and (vae is None or real is not None):
         raise WanmoeError("--run takes its real clips from its shards, and needs their codec: --vae")
     place = chosen_device(device)
+    if place.type == "cpu":  # before DeepSpeed is imported, which would say that it looked for others
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ..infer.evaluation.evaluate import evaluate as measure
     from .evaluation import open_judges
 
     judges = open_judges(classifier, detector, vae, lpips, features, place)
+    out = out or (run or Path()) / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
     sources: dict[str, dict[str, str]] = {}
     if run is not None:
@@ -155,6 +160,8 @@ def _of_run(
         f"the generated clips are held-out clips, noised to t = {start:g} and made again in {steps} steps "
         "without guidance; the real ones are decoded from the shards, so that the codec's own loss is in both"
     )
+    if vae == "haar":
+        found.notes.append("haar is a stand-in for Wan's codec: these pictures are its, not Wan's")
     return found
 
 

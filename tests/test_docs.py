@@ -173,6 +173,39 @@ def test_the_tables_of_recipes_are_those_of_the_committed_results(mark, result):
     assert shown == table(json.loads((ROOT / "docs" / f"{result}.json").read_text(encoding="utf-8")))
 
 
+def test_the_commands_of_the_page_on_evaluation(tmp_path):
+    page = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    clips, of_a_run, ablations, blind, tally, report = blocks("bash", page)
+    assert "tip PCK@5px ↑                  " in run(clips, tmp_path)
+    assert of_a_run.startswith("wanmoe evaluate --run runs/stage_b ")  # it needs Wan's own codec
+    told = run(ablations, tmp_path)
+    assert "base + experts: b (400 steps)" in told and "frozen base: the base alone" in told
+    run(blind, tmp_path)
+    key = json.loads((tmp_path / "study.key.json").read_text())
+    ((pair, sides),) = key["pairs"].items()
+    left, right = sides["clips"]
+    answer = {"pair": pair, "left": left, "right": right, "choice": "same"}
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "a.json").write_text(
+        json.dumps({"format": "wanmoe-blind/1", "study": key["study"], "rater": "a", "answers": [answer]})
+    )
+    assert "no difference: 1" in run(tally, tmp_path)
+    assert "wrote report.html: evaluation same" in run(report, tmp_path)
+    (example,) = blocks("toml", page)
+    (tmp_path / "example.toml").write_text(example)
+    told = run("wanmoe ablate example.toml --dry", tmp_path)
+    assert "router.top_k = 2, router.temperature = 2.0: b (300 steps)" in told
+
+
+@pytest.mark.parametrize("name", ["ablation-axes"])
+def test_the_table_of_the_ablation_is_that_of_the_committed_result(name):
+    from wanmoe.launch.ablation_table import read_result, table
+
+    page = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    shown = page.split("<!-- axes -->")[1].split("<!-- /axes -->")[0].strip()
+    assert shown == table(read_result(ROOT / "docs" / f"{name}.json"))
+
+
 def test_the_commands_of_the_page_on_kernels(tmp_path):
     page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
     linear, block, resources, gpu = blocks("bash", page)
@@ -195,6 +228,7 @@ def test_the_commands_of_the_page_on_kernels(tmp_path):
         "docs/data.md",
         "docs/training.md",
         "docs/recipes.md",
+        "docs/evaluate.md",
         "docs/tracking.md",
         "docs/kernels.md",
         "csrc/README.md",

@@ -90,6 +90,8 @@ class Evaluation:
     """Mean gate of each expert over the captions."""
     each: dict[str, dict[str, float]] = field(default_factory=dict)
     """Figures of each generated clip by id, for the ones that failed."""
+    marks: dict[str, dict[str, list[tuple[int, float, float]]]] = field(default_factory=dict)
+    """Tips by clip, "found" in the generated and "true" in the real one: (frame, x, y)."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -121,6 +123,7 @@ class _Work:
         self.features: dict[str, dict[str, Tensor]] = {"made": {}, "real": {}}
         self.confusion: dict[str, Tensor] = {}
         self.found_tips = False
+        self.marks: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
         self.unlabelled = self.unmarked = 0
 
     def add(self, made: Scene, real: Scene | None) -> None:
@@ -157,6 +160,7 @@ class _Work:
             if real.tips:
                 shares = location_scores(replace(real, tips=find(real.frames), boxes=(), masks=()), real)
                 self.real.setdefault(made.id, {}).update(shares)
+        self.marks[made.id] = {"found": _listed(made), "true": _listed(real)}
         shares = location_scores(made, real)
         if not shares:
             self.unmarked += 1
@@ -192,6 +196,7 @@ class _Work:
             name: {key: share.hits / share.of for key, share in shares.items()}
             for name, shares in self.made.items()
         }
+        out.marks = {name: marks for name, marks in self.marks.items() if any(marks.values())}
         out.sets = self._sets(seed)
         out.notes = self._notes(out)
         return out
@@ -240,6 +245,12 @@ class _Work:
             if not backbone.sees_order:
                 notes.append(f"{backbone.kernel} looks at single frames: it is blind to their order")
         return notes
+
+
+def _listed(scene: Scene) -> list[tuple[int, float, float]]:
+    """The tips of a scene as (frame, x, y)."""
+    known = [(place, tips.tolist()) for place, tips in enumerate(scene.tips) if tips is not None]
+    return [(place, round(x, 2), round(y, 2)) for place, tips in known for x, y in tips]
 
 
 def _with_region(scene: Scene, real: Scene) -> Scene:
@@ -295,4 +306,5 @@ def as_json(found: Evaluation) -> dict[str, Any]:
         "load": found.load,
         "notes": found.notes,
         "each": plain(found.each),
+        "marks": plain(found.marks),
     }

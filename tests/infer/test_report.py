@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from wanmoe.infer.report import Curve, DemoResults, findings, smooth, write_report
+from wanmoe.infer.charts import Curve, smooth
+from wanmoe.infer.report import DemoResults, findings, write_report
 from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.moe_lora.video import write_video
 

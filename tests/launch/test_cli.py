@@ -42,6 +42,7 @@ OPTIONS = {
     "evaluate": "real generated run out classifier detector vae lpips features start steps track blind pairs "
     "question tally key seed device",
     "ablate": "out rows seeds jobs track dry device",
+    "report": "out title",
     "generate": "prompt prompts model dit dit-high-noise vae text t5 tokenizer clip task output-path "
     "lora-moe-weights lora-moe-config-file fold-timestep lora instrument-hint mix schedule ema "
     "image-path last-image-path num-frames video-size num-steps guidance-scale "

@@ -1,5 +1,7 @@
 """Fréchet and kernel distance: closed forms, torchmetrics, their bias and what is said of it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,27 @@ def test_the_interval_holds_the_distance_of_the_distributions() -> None:
         found = distance(sample(60, 10, 2 * seed), sample(60, 10, 2 * seed + 1, 0.5), kernel, seed=seed)
         inside += found.low <= truth <= found.high
     assert inside >= 17 and DRAWS >= 500
+
+
+def test_halves_of_one_set_are_told_to_be_alike_and_the_page_shows_their_bias() -> None:
+    """The table of docs/evaluate.md: 400 features with a spectrum that falls, of trace 400."""
+    page = (Path(__file__).parents[3] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    spectrum = 1 / (1 + np.arange(400))
+    spectrum *= 400 / spectrum.sum()
+    shown = []
+    for count in (32, 160, 512):
+        both = np.random.default_rng(count).normal(size=(2 * count, 400)) * np.sqrt(spectrum)
+        cells = [str(count)]
+        for measure in (frechet, kernel):
+            found = distance(both[:count], both[count:], measure)
+            assert found.inside_floor, "two halves of one set"
+            cells += [
+                f"{found.value:.3g} ({found.low:.3g} to {found.high:.3g})".replace("-", "−"),
+                f"{found.floor:.3g} ± {found.floor_sd:.2g}".replace("-", "−"),
+            ]
+        shown.append("| " + " | ".join([*cells, "inside the floor"]) + " |")
+    table = page.split("<!-- bias -->")[1].split("<!-- /bias -->")[0].strip().splitlines()
+    assert table[2:] == shown
 
 
 def test_too_few_clips_are_refused() -> None:
