@@ -11,8 +11,17 @@ import torch
 
 from wanmoe.launch import cli
 from wanmoe.launch.evaluation import paired, read_clips, scenes
+from wanmoe.moe_lora import AdapterConfig, ExpertSet, WanConfig, WanDiT, attach, save_adapter
 from wanmoe.moe_lora.errors import WanmoeError
+from wanmoe.moe_lora.instruments import SURGICAL
 from wanmoe.moe_lora.video import read_video, write_video
+from wanmoe.moe_lora.wan.codec import load_vae
+from wanmoe.moe_lora.wan.text import load_text_encoder
+from wanmoe.moe_lora.wan.weights import save_dit
+from wanmoe.train.data.clip_list import read_clip_list
+from wanmoe.train.data.prepare import prepare
+from wanmoe.train.judges import Classifier, Detector, load_classifier, save_judge
+from wanmoe.train.judges.judge import JudgeInfo
 from wanmoe.train.synth import synth_clips
 
 
@@ -26,6 +35,48 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         frames = (read_video(path).int() + 20).clamp(0, 255).byte()
         write_video(root / "made" / path.name, frames, 16)
     return root
+
+
+@pytest.fixture(scope="module")
+def trained(work: Path) -> Path:
+    """A run folder of a tiny model with an adapter that says something, its shards, and judges of random
+    weights."""
+    codec, experts = load_vae("haar"), ExpertSet(SURGICAL)
+    prepare(
+        read_clip_list(work / "scenes" / "clips.jsonl"),
+        work / "shards",
+        codec=codec,
+        text_encoder=load_text_encoder("hash", dim=64, max_length=32),
+        experts=experts,
+        size=(64, 80),
+        frames=9,
+        seed=0,
+        progress=False,
+    )
+    torch.manual_seed(0)
+    dit = WanDiT(WanConfig.preset("tiny"))
+    torch.nn.init.normal_(dit.head.head.weight, std=0.05)
+    save_dit(dit, work / "base.safetensors")
+    folder = work / "run"
+    folder.mkdir()
+    save_adapter(attach(dit, AdapterConfig(blocks=2)), folder / "adapter.safetensors", stage="b", step=1)
+    (folder / "config.toml").write_text(
+        '[model]\ndit = "../base.safetensors"\n[data]\nshards = "../shards"\n'
+        '[train]\nstage = "b"\nrun = "."\n[adapter]\nblocks = 2\n'
+    )
+    info = JudgeInfo(
+        experts=experts.experts,
+        sizes=("3x8x10",),
+        codec={"name": codec.name, "fingerprint": codec.fingerprint, "stand_in": True},
+        shards_sha256="0" * 64,
+        **dict.fromkeys(("clips", "steps", "batch", "seed"), 1),
+        lr=1.0,
+        held_out={},
+        versions={},
+    )
+    save_judge(Classifier(info), work / "classifier.safetensors")
+    save_judge(Detector(info), work / "detector.safetensors")
+    return folder
 
 
 def run(
@@ -110,6 +161,43 @@ def test_ids_tell_pairs(work: Path, tmp_path: Path) -> None:
         (tmp_path / folder / "clip.mp4").write_bytes((work / "made" / "val-0000-scissors.mp4").read_bytes())
     with pytest.raises(WanmoeError, match="the id 'clip' is that of"):
         read_clips(tmp_path)
+
+
+def test_a_run_is_evaluated_on_its_own_held_out_clips(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], work: Path, trained: Path
+) -> None:
+    judges = ("--classifier", work / "classifier.safetensors", "--detector", work / "detector.safetensors")
+    code, text, line = run(monkeypatch, capsys, "--run", trained, "--vae", "haar", *judges, "--steps", "1")
+    assert code == 0, line
+    found = json.loads((trained / "evaluation" / "evaluation.json").read_text())
+    assert found["clips"]["pairs"] == 8 and len(found["sources"]) == 8
+    assert all(Path(path).is_file() for sides in found["sources"].values() for path in sides.values())
+    assert {"tip_pck@5px", "identity", "flips", "warped_psnr", "fds"} <= found["rows"].keys()
+    assert found["rows"]["tip_pck@5px"]["real"] is not None, "the detector's own error on real clips"
+    assert found["router"]["router_agreement"]["value"] == 1, "the words of the captions name the instrument"
+    assert sum(found["load"].values()) == pytest.approx(1)
+    assert "a stand-in for Wan's codec" in text and "noised to t = 0.8" in text
+    assert found["marks"] and all(marks["true"] for marks in found["marks"].values())
+    (trained / "adapter.safetensors").rename(trained / "gone.safetensors")
+    code, _, line = run(monkeypatch, capsys, "--run", trained, "--vae", "haar")
+    assert code == 2 and "it has no adapter.safetensors: the run has not ended well" in line
+    (trained / "gone.safetensors").rename(trained / "adapter.safetensors")
+
+
+def test_judges_of_latents_need_their_own_codec(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], work: Path, trained: Path
+) -> None:
+    clips = ("--real", work / "scenes" / "clips.jsonl", "--generated", work / "made")
+    judge = ("--classifier", work / "classifier.safetensors")
+    code, _, line = run(monkeypatch, capsys, *clips, *judge)
+    assert code == 2 and "it judges latents of codec haar; give that codec with --vae" in line
+    info = load_classifier(work / "classifier.safetensors").info
+    other = Classifier(info.model_copy(update={"codec": info.codec | {"fingerprint": "f" * 64}}))
+    save_judge(other, work / "other.safetensors")
+    code, _, line = run(
+        monkeypatch, capsys, *clips, "--classifier", work / "other.safetensors", "--vae", "haar"
+    )
+    assert code == 2 and "--vae haar: " in line and "and this is another" in line
 
 
 @pytest.mark.parametrize(
