@@ -234,7 +234,7 @@ class Model:
                         features[side].append(backbone(frames).double().numpy())
                 yield pair[0], pair[1]
 
-        result = evaluate(scenes(), Judges())
+        result = evaluate(scenes(), Judges(device=self.device))
         out = {}
         for key in (key for key in SCENE_FIGURES if key in result.rows):
             each = [result.each[name].get(key, float("nan")) for name in self.data.keys]

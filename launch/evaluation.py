@@ -203,6 +203,7 @@ def open_judges(
         find_tips=None if finder is None else look.find_tips,
         lpips=None if lpips is None else _placed(load_lpips(lpips), device),
         backbone=None if features is None else load_backbone(features, device),
+        device=device,
     )
 
 

@@ -48,6 +48,8 @@ class Judges:
     """uint8 [F, H, W, 3] -> the tips found in each frame, [n, 2], None for a frame that was not looked at."""
     lpips: PictureDistance | None = None
     backbone: Backbone | None = None
+    device: str | torch.device = "cpu"
+    """Where structure (SSIM) is compared; flow and correlations run on the CPU."""
 
 
 class Row(NamedTuple):
@@ -138,13 +140,13 @@ class _Work:
             length = min(len(made.frames), len(real.frames))
             made, real = made.cut(length), real.cut(length)
             self._place(made, real)
-            self._keep("made", made.id, simulator_scores(made, real))
+            self._keep("made", made.id, simulator_scores(made, real, self.judges.device))
         label = made.label or (real.label if real is not None else ())
         for side, scene in (("made", made), ("real", real)):
             if scene is not None:
                 # The region of a clip that says nothing of it is that of the clip it was made after.
                 shown = scene if scene.marked or real is None else _with_region(scene, real)
-                self._keep(side, made.id, temporal_scores(shown, self.judges.lpips))
+                self._keep(side, made.id, temporal_scores(shown, self.judges.lpips, self.judges.device))
                 self._judge(side, made.id, scene, label)
                 if self.judges.backbone is not None:
                     found = features(self.judges.backbone, scene.frames, scene.id)

@@ -31,10 +31,10 @@ _PHASES = {"early": (0.0, 1 / 6), "mid": (1 / 6, 1 / 2), "late": (1 / 2, 1.0)}
 # The original's frames 1 to 12, 13 to 36 and 37 to 72, as shares of a clip of any length.
 
 
-def simulator_scores(made: Scene, true: Scene) -> dict[str, float]:
+def simulator_scores(made: Scene, true: Scene, device: str | torch.device = "cpu") -> dict[str, float]:
     """`fds` (with `fds_early`, `fds_mid`, `fds_late`) and `frame_ssim`; with masks of the true clip `gatc`,
     with masks of both `tcd`. Frame 0, which such a clip is given, is in none of FDS and SSIM."""
-    scores = frame_decay(made.frames, true.frames)
+    scores = frame_decay(made.frames, true.frames, device)
     truth = true.masks
     if truth:
         unions = [None if masks is None else masks.any(0).numpy() for masks in truth]
@@ -46,23 +46,23 @@ def simulator_scores(made: Scene, true: Scene) -> dict[str, float]:
     return scores
 
 
-def frame_decay(made: Tensor, true: Tensor) -> dict[str, float]:
+def frame_decay(made: Tensor, true: Tensor, device: str | torch.device = "cpu") -> dict[str, float]:
     """Mean absolute difference of two clips uint8 [F, H, W, 3] in [-1, 1], as a whole and by phase, and their
     mean SSIM (Gaussian window). {} for a single frame."""
     length = min(len(made), len(true)) - 1
     if length < 1:
         return {}
-    own, other = (clip[1 : length + 1].permute(0, 3, 1, 2).float() / 127.5 - 1 for clip in (made, true))
-    apart = (own - other).abs().mean((1, 2, 3))
+    each, similar = [], []
+    for pair in zip(made[1 : length + 1], true[1 : length + 1], strict=True):
+        own, other = (frame.to(device).permute(2, 0, 1)[None].float() / 127.5 - 1 for frame in pair)
+        each.append((own - other).abs().mean())
+        similar.append(torch.as_tensor(structural_similarity_index_measure(own, other, data_range=2.0)))
+    apart = torch.stack(each).cpu()
     scores = {"fds": float(apart.mean())}
     for name, (start, stop) in _PHASES.items():
         part = apart[round(start * length) : round(stop * length)]
         scores |= {f"fds_{name}": float(part.mean())} if len(part) else {}
-    similar = [
-        structural_similarity_index_measure(a[None], b[None], data_range=2.0)
-        for a, b in zip(own, other, strict=True)
-    ]
-    return scores | {"frame_ssim": float(torch.stack([torch.as_tensor(one) for one in similar]).mean())}
+    return scores | {"frame_ssim": float(torch.stack(similar).mean())}
 
 
 def tool_consistency(made: Tensor, true: Tensor, masks: Sequence[NDArray[np.bool_] | None]) -> float | None:

@@ -29,7 +29,9 @@ _MARGIN = 32  # pixels about the region that are looked at too: SSIM's window, a
 _FEWEST = 16  # pixels of a frame that must count for it to be measured
 
 
-def temporal_scores(scene: Scene, lpips: Distance | None = None) -> dict[str, float]:
+def temporal_scores(
+    scene: Scene, lpips: Distance | None = None, device: str | torch.device = "cpu"
+) -> dict[str, float]:
     """`warped_psnr` in dB and `warped_ssim`, with `lpips` also `warped_lpips`; means over the pairs of
     neighbouring frames, PSNR of their mean error. {} where no pair has enough points that count.
 
@@ -56,7 +58,7 @@ def temporal_scores(scene: Scene, lpips: Distance | None = None) -> dict[str, fl
         warped = np.where(counted.numpy()[..., None], warped, later)
         own, other = (torch.from_numpy(picture).permute(2, 0, 1)[None] for picture in (warped, later))
         errors.append(float((own - other).square().mean(1)[0][counted].mean()))
-        similar.append(float(_ssim(own, other)[0][counted].mean()))
+        similar.append(float(_ssim(own.to(device), other.to(device))[0].cpu()[counted].mean()))
         if lpips is not None:
             apart.append(float(lpips(own / 127.5 - 1, other / 127.5 - 1)[0][counted].mean()))
     if not errors:
