@@ -19,6 +19,7 @@ import torch
 from ..kernels.bench.provenance import provenance
 from ..moe_lora import WanmoeError
 from ..moe_lora.files import file_sha256, write_atomic
+from ..moe_lora.wan.weights import dit_hash
 from ..train.stages import STAGES, stage_name
 from .ablation import Plan
 from .ablation_figures import Figure, Measured, judged, measure
@@ -196,9 +197,11 @@ def measure_row(shared: Shared, name: str, seed: int, chain: Sequence[str]) -> d
     facts = {
         "format": FORMAT,
         "chain": list(chain),
-        "base": file_sha256(shared.base),
+        "base": dit_hash(shared.base),
         "files": [file_sha256(file) for file in files],
         "figures": spec.figures,
+        "clips": [shared.fingerprint(one) for one in (spec.measure, spec.pairs) if one is not None],
+        "vae": spec.vae,
     }
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
@@ -210,6 +213,7 @@ def measure_row(shared: Shared, name: str, seed: int, chain: Sequence[str]) -> d
         shared.shards(spec.measure),
         None if spec.pairs is None else shared.shards(spec.pairs),
         shared.judge,
+        shared.classifier(shared.experts_of(shared.plan.rows[name])),
         tips,
         spec.vae,
         shared.device,

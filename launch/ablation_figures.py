@@ -28,7 +28,7 @@ from ..train.regenerate import regenerate
 from ..train.routed import Routed, RoutedDiT
 from ..train.stages import STAGES, StageSpec
 from ..train.validate import LEVELS, HeldOut, held_out_errors, levels_within
-from .evaluation_run import decoded_scene
+from .evaluation_run import decoded_scene, first_frame
 
 SCENE_FIGURES = ("warped_psnr", "warped_ssim", "fds", "gatc")
 _RADII = {"pck": 8.0, "tip_pck@5px": 5.0, "tip_pck@10px": 10.0, "tip_pck@20px": 20.0}
@@ -49,6 +49,8 @@ class Measured(NamedTuple):
     shards: Path
     pairs: Path | None
     classifier: Path
+    asked: Path
+    """The classifier that the row was trained with, whose word on the first frame its router may read."""
     detector: Path | None
     vae: str
     device: torch.device
@@ -139,6 +141,7 @@ class Model:
         self.gates = LabelGates(experts, router, needed=self.spec.routing == "labels")
         self.dtype = next(dit.parameters()).dtype
         self.routed = RoutedDiT(dit, self.adapter, self.spec).eval().to(on.device)
+        self.evidence = first_frame(on.asked, router, on.device)
         self.by_label = RoutedDiT(dit, self.adapter, STAGES["b"]).eval().to(on.device)
         self.withheld = False
         """Whether the caption is taken away: then the gates alone say which instrument it is."""
@@ -156,7 +159,8 @@ class Model:
         pooled, gates = batch.pooled.to(self.device), batch.rule.to(self.device)
         routed: Routed
         if self.expert is None:
-            routed = self.routed(x_t, t, context, pooled, gates, image)
+            seen = self.evidence(batch.latent)
+            routed = self.routed(x_t, t, context, pooled, gates, image, evidence=seen)
         else:
             if self.expert == "wrong":
                 others = gates.shape[1] - 1

@@ -30,6 +30,7 @@ from ..moe_lora.files import file_sha256
 from ..moe_lora.instruments import SURGICAL
 from ..moe_lora.wan.codec import load_vae
 from ..moe_lora.wan.text import load_text_encoder
+from ..moe_lora.wan.weights import dit_hash
 from ..train.data.clip_list import read_clip_list
 from ..train.data.prepare import prepare
 from ..train.data.router_prompts import router_prompts
@@ -102,8 +103,9 @@ class Shared:
         base = None if self.plan.base is None else self.plan.base.model_dump()
         facts = {
             "scenes": {name: scenes.model_dump() for name, scenes in spec.scenes.items()},
+            "shards": {name: self.fingerprint(name) for name in spec.shards},
             "measure": spec.measure,
-            "base": str(self.plan.base_file or base),
+            "base": base if self.plan.base_file is None else dit_hash(self.plan.base_file),
             "judge_steps": spec.judge_steps,
         }
         marker, text = self.out / "ablation.lock.json", json.dumps(facts, sort_keys=True)
@@ -201,10 +203,13 @@ class Shared:
     def _digest(self, experts: str) -> list[str]:
         if experts not in self._digests:
             clips = [*self.plan.spec.scenes, *self.plan.spec.shards]
-            prints = [ShardDataset(self.shards(name), "val").fingerprint for name in clips]
-            files = [file_sha256(self.base), file_sha256(self.classifier(experts))]
-            self._digests[experts] = [*files, *prints]
+            files = [dit_hash(self.base), file_sha256(self.classifier(experts))]
+            self._digests[experts] = [*files, *map(self.fingerprint, clips)]
         return self._digests[experts]
+
+    def fingerprint(self, name: str) -> str:
+        """Of some clips that are there."""
+        return ShardDataset(self.shards(name), "val").fingerprint
 
     def is_made(self, key: str) -> bool:
         """Whether a training has ended."""

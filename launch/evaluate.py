@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..infer.evaluation.scene import Scene
 
 FORMAT = "wanmoe-evaluation/1"
+AnyPair = TypeVar("AnyPair", bound="tuple[Scene, Scene | None]")
 
 
 def evaluate(
@@ -99,6 +100,7 @@ def evaluate(
     if place.type == "cpu":  # before DeepSpeed is imported, which would say that it looked for others
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ..infer.evaluation.evaluate import evaluate as measure
+    from ..infer.evaluation.table import terminal
     from .evaluation import open_judges
 
     judges = open_judges(classifier, detector, vae, lpips, features, place)
@@ -110,17 +112,19 @@ def evaluate(
         found = _of_run(run, vae, start, steps, out, judges, seed, place, sources)
     else:
         assert generated and real is not None
-        found = measure(_counted(_of_files(generated[0], real, sources)), judges, seed)
+        found = measure(_of_files(generated[0], real, sources), judges, seed)
     facts = _facts(run, generated, real, judges, start, steps, seed)
     _write(found, facts, sources, out)
-    for line in _lines(found):
+    for line in terminal(found):
         typer.echo(line)
     typer.echo(f"\nwrote {out / 'evaluation.json'} and {out / 'evaluation.md'}")
     if track is not None:
         _track(track, found, facts, out)
 
 
-def _of_files(made: Path, real: Path, sources: dict[str, dict[str, str]]) -> list[Any]:
+def _of_files(
+    made: Path, real: Path, sources: dict[str, dict[str, str]]
+) -> Iterator[tuple[Scene, Scene | None]]:
     from .evaluation import paired, read_clips, scenes
 
     pairs = paired(read_clips(made), read_clips(real))
@@ -129,11 +133,10 @@ def _of_files(made: Path, real: Path, sources: dict[str, dict[str, str]]) -> lis
         if other is not None:
             sources[own.id]["real"] = str(other.video_path.resolve())
             sources[own.id]["real_start"] = str(other.start_frame)
-    return [len(pairs), scenes(pairs)]
+    return _counted(scenes(pairs), len(pairs))
 
 
-def _counted(work: list[Any]) -> Iterator[tuple[Scene, Scene | None]]:
-    total, pairs = work
+def _counted(pairs: Iterator[AnyPair], total: int) -> Iterator[AnyPair]:
     yield from tqdm(pairs, total=total, unit="clip", desc="evaluate", disable=not sys.stderr.isatty())
 
 
@@ -149,13 +152,16 @@ def _of_run(
     sources: dict[str, dict[str, str]],
 ) -> Evaluation:
     from ..infer.evaluation.evaluate import evaluate as measure
-    from .evaluation_run import open_run, router_figures, run_scenes
+    from .evaluation_run import held_out, open_run, router_figures, run_scenes
 
     run = open_run(folder)
-    found = measure(run_scenes(run, vae, start, steps, out, device), judges, seed)
+    pairs = run_scenes(run, vae, start, steps, out, device)
+    found = measure(_counted(pairs, held_out(run)), judges, seed)
     for name in found.each:
-        sources[name] = {side: str((out / side / f"{name}.mp4").resolve()) for side in ("made", "real")}
-    found.router, found.load = router_figures(run, seed)
+        # Relative to evaluation.json, so that the folder can be moved.
+        sources[name] = {side: f"{side}/{name}.mp4" for side in ("made", "real")}
+    if (routing := router_figures(run, device, seed)) is not None:
+        found.router, found.load, found.routed = routing
     found.notes.append(
         f"the generated clips are held-out clips, noised to t = {start:g} and made again in {steps} steps "
         "without guidance; the real ones are decoded from the shards, so that the codec's own loss is in both"
@@ -196,12 +202,6 @@ def _write(found: Evaluation, facts: dict[str, Any], sources: dict[str, Any], ou
     title = f"Evaluation of {facts.get('run') or facts.get('generated')}"
     page = markdown(found, title)
     write_atomic(out / "evaluation.md", lambda partial: partial.write_text(page, encoding="utf-8"))
-
-
-def _lines(found: Evaluation) -> list[str]:
-    from ..infer.evaluation.table import terminal
-
-    return terminal(found)
 
 
 def _track(uri: str, found: Evaluation, facts: dict[str, Any], out: Path) -> None:

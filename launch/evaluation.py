@@ -5,7 +5,7 @@ Letters: F, H, W frames, height and width in pixels, f latent frames, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +19,12 @@ from ..infer.evaluation.evaluate import Judges
 from ..infer.evaluation.features import load_backbone
 from ..infer.evaluation.scene import Scene
 from ..moe_lora.errors import WanmoeError
+from ..moe_lora.motion import clip_flow
 from ..moe_lora.video import Fit, VideoInfo, frame_at, iter_windows, to_model, video_info
 from ..moe_lora.wan.codec import SPACE_STRIDE, TIME_STRIDE, load_vae
 from ..train.data.clip_list import SUFFIXES, clips_from_folder, read_clip_list
 from ..train.data.clips import GIVEN, Clip, Polygon
-from ..train.data.region import MaskReader, outline, window_marks
+from ..train.data.region import MaskReader, outline, window_marks, window_region
 from ..train.data.tracks import Mark
 from ..train.judges.judge import LATENT, Classifier, Detector, Judge, load_classifier, load_detector
 from ..train.judges.measures import FOUND
@@ -110,21 +111,22 @@ def _scene(
         raise WanmoeError(f"{clip.origin}: it begins with frame {clip.start_frame} of {info.frames}")
     (frames,) = iter_windows(clip.video_path, [indices], size)
     fit = Fit.cover((info.height, info.width), size)
-    marks = window_marks(clip, indices, fit, None)
-    tips = [[tip for tip in marks.tips if tip.frame == n and tip.kind == GIVEN] for n in range(len(indices))]
-    boxes = [
-        [box for box in marks.boxes if box.frame == n and box.kind == GIVEN] for n in range(len(indices))
-    ]
-    label = clip.instruments or ()
+    stored = masks(clip, info.height, info.width)
+    marked = stored is not None or clip.tips or clip.boxes or clip.polygons
+    flow = clip_flow(frames.contiguous()) if marked and len(frames) > 1 else None
+    marks = window_marks(clip, indices, fit, flow)
+    region = window_region(clip, indices, fit, stored, marks, flow)
+    tips, boxes = _given(marks.tips, len(indices)), _given(marks.boxes, len(indices))
     return Scene(
         id=clip.id,
         frames=frames,
         fps=fps,
-        label=label,
+        label=clip.instruments or (),
         caption=clip.caption,
         tips=_by_frame([[(tip.x, tip.y) for tip in own] for own in tips]),
         boxes=_by_frame([[(box.x, box.y, box.width, box.height) for box in own] for own in boxes]),
-        masks=_masks(clip, info, indices, fit, masks),
+        masks=_masks(clip, indices, fit, stored),
+        where=() if region is None else tuple(region > 0),
     )
 
 
@@ -145,11 +147,10 @@ def _by_frame(marks: Sequence[Sequence[tuple[float, ...]]]) -> tuple[Tensor | No
 
 
 def _masks(
-    clip: Clip, info: VideoInfo, indices: Sequence[int], fit: Fit, reader: MaskReader
+    clip: Clip, indices: Sequence[int], fit: Fit, stored: Mapping[int, np.ndarray] | None
 ) -> tuple[Tensor | None, ...]:
     """Instances by frame: polygons by their track, else the separate parts of the mask."""
     drawn = {index: [p for p in clip.polygons if p.frame == index] for index in indices}
-    stored = reader(clip, info.height, info.width)
     if stored is None and not any(drawn.values()):
         return ()
     out: list[Tensor | None] = []

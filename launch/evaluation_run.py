@@ -14,14 +14,18 @@ import torch
 from torch import Tensor
 
 from ..infer.evaluation.estimate import Estimate, as_share, estimate
+from ..infer.evaluation.evaluate import flips
 from ..infer.evaluation.scene import Scene
+from ..infer.evaluation.tips import Share
 from ..moe_lora import Adapter, ExpertSet, RouterConfig, load_adapter, load_dit
 from ..moe_lora.adapter_file import has_router, read_adapter, router_of
 from ..moe_lora.errors import WanmoeError
 from ..moe_lora.routing import RuleRouter, learned_gates, pool_text
 from ..moe_lora.video import to_frames, write_video
+from ..moe_lora.wan.codec import SPACE_STRIDE, TIME_STRIDE
 from ..train.data.batch import Batch, LabelGates
 from ..train.data.shards import Sample, ShardDataset
+from ..train.judges.judge import load_classifier
 from ..train.judges.measures import true_tips
 from ..train.model import side_configs
 from ..train.objective import open_codec
@@ -61,6 +65,11 @@ def open_run(folder: Path) -> Run:
     return Run(folder, config, adapters)
 
 
+def held_out(run: Run) -> int:
+    """How many held-out clips its shards have."""
+    return len(ShardDataset(run.config.data.shards, "val"))
+
+
 def run_scenes(
     run: Run, vae: str, start: float, steps: int, out: Path, device: torch.device
 ) -> Iterator[tuple[Scene, Scene]]:
@@ -91,14 +100,19 @@ def run_scenes(
 def decoded_scene(sample: Sample, frames: Tensor, marked: bool) -> Scene:
     """A decoded clip, with what its shard says of it."""
     tips: tuple[Tensor | None, ...] = ()
+    where: tuple[Tensor | None, ...] = ()
+    if marked and sample.roi is not None:
+        # The shard's region, on the latent grid: a cell is 8 x 8 pixels and, after the first, 4 frames.
+        cells = (sample.roi > 0.5).repeat_interleave(SPACE_STRIDE, 1).repeat_interleave(SPACE_STRIDE, 2)
+        where = tuple(torch.cat([cells[:1], cells[1:].repeat_interleave(TIME_STRIDE, 0)]))
     if marked:
         own: list[Tensor | None] = [None] * len(frames)
         for place, known in enumerate(true_tips(sample.meta, sample.latent.shape[1])):
             seen = known[~known.isnan().any(1)].double()
-            own[4 * place] = seen if len(seen) else None
+            own[TIME_STRIDE * place] = seen if len(seen) else None
         tips = tuple(own) if any(one is not None for one in own) else ()
     label = tuple(sample.instruments)
-    return Scene(sample.key, frames, FPS, label, sample.caption, tips=tips)
+    return Scene(sample.key, frames, FPS, label, sample.caption, tips=tips, where=where)
 
 
 class _Models:
@@ -121,6 +135,7 @@ class _Models:
                 spec = STAGES[read_adapter(path)[0].stage]
                 self.experts, self.router = adapter.experts, adapter.router_config
             self.sides[side] = RoutedDiT(dit, adapter, spec).eval().to(device)
+        self.evidence = first_frame(run.config.objective.classifier, self.router, device)
 
     def __call__(self, x: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """v [B, ...] at t, which all clips share."""
@@ -140,44 +155,95 @@ class _Models:
             batch.pooled.to(first.device),
             batch.rule.to(first.device),
             image,
+            evidence=self.evidence(batch.latent),
         )
         return routed.v.float().cpu()
 
 
-def router_figures(run: Run, seed: int = 0) -> tuple[dict[str, Estimate], dict[str, float]]:
-    """How the run's router reads the held-out captions: `router_agreement` and `router_entropy`, and the mean
-    gate of each expert. A learned router where the adapter has one, else the words of the caption.
+def first_frame(
+    classifier: Path | None, router: RouterConfig, device: torch.device
+) -> Callable[[Tensor], Tensor | None]:
+    """Latents [B, C, F, H, W] -> logits [B, K] of their first frame, for a router with
+    `first_frame_classes`; None for one that reads the text alone."""
+    if not router.first_frame_classes or classifier is None:
+        return lambda latent: None
+    judge = load_classifier(classifier, device)
 
-    ({}, {}) without experts. Of two models that of the lower noise is read.
+    @torch.no_grad()
+    def read(latent: Tensor) -> Tensor:
+        logits: Tensor = judge(latent[:, :, :1].float().to(device))
+        return logits
+
+    return read
+
+
+class Routing(NamedTuple):
+    """What a router says of the held-out clips."""
+
+    figures: dict[str, Estimate]
+    load: dict[str, float]
+    """Mean gate by expert."""
+    by_label: dict[str, dict[str, float]]
+    """The same of the clips of each label."""
+
+
+@torch.no_grad()
+def router_figures(run: Run, device: torch.device, seed: int = 0) -> Routing | None:
+    """How the run's router reads the held-out clips: a learned one where the adapter has one, else the words
+    of the caption. None without experts; of two models that of the lower noise is read.
+
+    Figures are `router_agreement` and `router_entropy` of what a request would get, and where the router
+    reads a frame `router_flips` and `router_flips_ema`, each latent frame being shown to it in turn.
     """
     path = run.adapters.get("low") or next(iter(run.adapters.values()))
     if path is None:
-        return {}, {}
+        return None
     info, tensors = read_adapter(path)
     dataset, experts = ShardDataset(run.config.data.shards, "val"), info.adapter.expert_set
     read: Callable[[Sample], Tensor]
+    """Gates [f, E] of a clip by its moments, or [1, E]."""
     if has_router(tensors):
         router = router_of(info, tensors, path)
+        evidence = first_frame(run.config.objective.classifier, info.router, device)
 
         def read(sample: Sample) -> Tensor:
-            return learned_gates(router(pool_text([sample.context])), info.router, training=False)[0].detach()
+            seen = evidence(sample.latent.transpose(0, 1)[:, :, None])
+            text = pool_text([sample.context]).expand(1 if seen is None else len(seen), -1)
+            probs = router(text, evidence=None if seen is None else seen.cpu())
+            return learned_gates(probs, info.router, training=False)
     else:
         rule = RuleRouter(experts, info.router.top_k, info.router.temperature)
 
         def read(sample: Sample) -> Tensor:
-            return rule.route(prompt=sample.caption)
+            return rule.route(prompt=sample.caption)[None]
 
     label_gates = LabelGates(experts, info.router, needed=False)
-    right, spread, load = [], [], torch.zeros(len(experts))
+    found: dict[str, list[Share]] = {}
+    each: list[Tensor] = []
+    by_label: dict[int, list[Tensor]] = {}
     for index in range(len(dataset)):
         sample = dataset[index]
-        gates, label = read(sample), label_gates(sample.key, sample.instruments)
-        load += gates / len(dataset)
+        moments, label = read(sample), label_gates(sample.key, sample.instruments)
+        gates = moments[0]
+        values = {}
         if gates.sum() > 0:
-            share = entropy((gates / gates.sum())[None]) / math.log(len(gates))
-            spread.append(as_share(float(share)))
+            values["router_entropy"] = float(entropy((gates / gates.sum())[None]) / math.log(len(gates)))
         if label.sum() > 0:
-            right.append(as_share(float(label[gates.argmax()] >= label.max())))
-    found = {"router_agreement": right, "router_entropy": spread}
-    figures = {key: estimate(shares, seed) for key, shares in found.items() if shares}
-    return figures, dict(zip(experts.names, load.tolist(), strict=True))
+            values["router_agreement"] = float(label[gates.argmax()] >= label.max())
+            by_label.setdefault(int(label.argmax()), []).append(gates)
+        if len(moments) > 1:
+            seconds = (TIME_STRIDE * (len(moments) - 1) + 1) / FPS
+            changes = flips(moments, seconds, info.router.ema)
+            values |= dict(zip(("router_flips", "router_flips_ema"), changes, strict=True))
+        for key, value in values.items():
+            found.setdefault(key, []).append(as_share(value))
+        each.append(gates)
+
+    def mean(gates: list[Tensor]) -> dict[str, float]:
+        return dict(zip(experts.names, torch.stack(gates).mean(0).tolist(), strict=True))
+
+    return Routing(
+        {key: estimate(shares, seed) for key, shares in found.items()},
+        mean(each),
+        {experts.names[label]: mean(by_label[label]) for label in sorted(by_label)},
+    )

@@ -101,6 +101,8 @@ def _evaluation(path: Path) -> dict[str, Any]:
         raise WanmoeError(f"{path}: not a JSON file that can be read: {error}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise WanmoeError(f"{path}: not an evaluation of this version (format {FORMAT}); evaluate again")
+    for source in found["sources"].values():
+        source |= {side: str(path.parent / source[side]) for side in ("made", "real") if side in source}
     return found
 
 

@@ -8,7 +8,7 @@ Letters: B clips, C latent channels, F, H, W latent frames, height, width, E exp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -33,9 +33,9 @@ def regenerate(
     batch: int = 8,
     steps: int = STEPS,
     start: float = START,
-) -> list[tuple[Batch, Tensor]]:
-    """Each batch of held-out clips and the latents [B, C, F, H, W] that came back; the same noise for every
-    model.
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Each batch of held-out clips and the latents [B, C, F, H, W] that came back, one by one; with the same
+    noise for every model.
 
     Args:
         velocity: (x_t [B, ...], t [B], batch) -> v.
@@ -46,7 +46,6 @@ def regenerate(
         raise WanmoeError(f"regenerate: steps is {steps}; it must be at least 1")
     if not 0 < start <= 1:
         raise WanmoeError(f"regenerate: start is {start}; it must be above 0 and at most 1")
-    made = []
     for indices in dataset.buckets.values():
         for first in range(0, len(indices), batch):
             chosen = indices[first : first + batch]
@@ -57,5 +56,4 @@ def regenerate(
             for step in range(steps):
                 t = start * (1 - step / steps)
                 x = x - start / steps * velocity(x, torch.full((len(chosen),), t), clips).float()
-            made.append((clips, x))
-    return made
+            yield clips, x

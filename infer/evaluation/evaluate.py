@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...moe_lora.errors import WanmoeError
+from ...moe_lora.routing import RouterConfig, ema_over_frames
 from .distance import UNBIASED_FROM, Distance, distance, frechet, kernel
 from .estimate import Estimate, as_share, difference, estimate
 from .features import Backbone, features
@@ -28,8 +29,8 @@ from .temporal import Distance as PictureDistance
 from .temporal import temporal_scores
 from .tips import Share, location_scores
 
-EMA = 0.9
-"""Weight of the past in the averaged judgement, as in a schedule's gates."""
+EMA: float = RouterConfig().ema
+"""Weight of the past in the averaged judgement, as in the gates of a schedule."""
 _FEWEST_FOR_SETS = 8
 
 
@@ -89,7 +90,9 @@ class Evaluation:
     classes: tuple[str, ...] = ()
     router: dict[str, Estimate] = field(default_factory=dict)
     load: dict[str, float] = field(default_factory=dict)
-    """Mean gate of each expert over the captions."""
+    """Mean gate of each expert over the clips."""
+    routed: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same by label: mean gate of each expert over the clips whose label is that of the key."""
     each: dict[str, dict[str, float]] = field(default_factory=dict)
     """Figures of each generated clip by id, for the ones that failed."""
     marks: dict[str, dict[str, list[tuple[int, float, float]]]] = field(default_factory=dict)
@@ -145,7 +148,7 @@ class _Work:
         for side, scene in (("made", made), ("real", real)):
             if scene is not None:
                 # The region of a clip that says nothing of it is that of the clip it was made after.
-                shown = scene if scene.marked or real is None else _with_region(scene, real)
+                shown = scene if scene.marked or real is None else replace(scene, where=real.region())
                 self._keep(side, made.id, temporal_scores(shown, self.judges.lpips, self.judges.device))
                 self._judge(side, made.id, scene, label)
                 if self.judges.backbone is not None:
@@ -176,7 +179,9 @@ class _Work:
             table[:, seen] += target
             self._keep(side, name, {"identity": float(target[seen] >= target.max())})
         if judges.moments is not None and len(scene.frames) > 4:
-            self._keep(side, name, _flips(judges.moments(scene.frames), len(scene.frames) / scene.fps))
+            seen_at = judges.moments(scene.frames).softmax(1)
+            plain, calm = flips(seen_at, len(scene.frames) / scene.fps)
+            self._keep(side, name, {"flips": plain, "flips_ema": calm})
 
     def _target(self, label: Sequence[tuple[str, float]]) -> Tensor:
         return torch.zeros(1) if self.judges.targets is None else self.judges.targets(label)
@@ -255,24 +260,16 @@ def _listed(scene: Scene) -> list[tuple[int, float, float]]:
     return [(place, round(x, 2), round(y, 2)) for place, tips in known for x, y in tips]
 
 
-def _with_region(scene: Scene, real: Scene) -> Scene:
-    return replace(scene, tips=real.tips, boxes=real.boxes, masks=real.masks)
-
-
 def _column(table: Mapping[str, Mapping[str, Share]], key: str) -> dict[str, Share]:
     return {name: shares[key] for name, shares in table.items() if key in shares}
 
 
-def _flips(logits: Tensor, seconds: float) -> dict[str, float]:
-    """How often the strongest class of [f, K] changes, in a second."""
-    plain = logits.softmax(1)
-    average = [plain[0]]
-    for row in plain[1:]:
-        average.append(EMA * average[-1] + (1 - EMA) * row)
-    sides = {"flips": plain, "flips_ema": torch.stack(average)}
-    return {
-        key: float((rows[1:].argmax(1) != rows[:-1].argmax(1)).sum()) / seconds for key, rows in sides.items()
-    }
+def flips(shares: Tensor, seconds: float, ema: float = EMA) -> tuple[float, float]:
+    """How often the strongest of [f, K] changes in a second: as it is, and after the moving average of a
+    schedule."""
+    calm = ema_over_frames(shares[None], ema, shares.shape[1])[0]
+    first, second = ((rows[1:].argmax(1) != rows[:-1].argmax(1)).sum() for rows in (shares, calm))
+    return float(first) / seconds, float(second) / seconds
 
 
 def _verdict(row: SetRow) -> str:
@@ -306,6 +303,7 @@ def as_json(found: Evaluation) -> dict[str, Any]:
         "confusion": found.confusion,
         "router": {key: plain(value) for key, value in found.router.items()},
         "load": found.load,
+        "routed": found.routed,
         "notes": found.notes,
         "each": plain(found.each),
         "marks": plain(found.marks),

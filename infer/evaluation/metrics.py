@@ -71,7 +71,7 @@ METRICS: dict[str, Metric] = {
         "per second",
         "lower",
         IDENTITY,
-        "the same of its judgement averaged over time, as a schedule's gates are",
+        "the same of its judgement averaged over time, as the gates of a schedule are",
     ),
     "warped_psnr": Metric(
         "warped PSNR",
@@ -100,6 +100,20 @@ METRICS: dict[str, Metric] = {
     ),
     "router_entropy": Metric(
         "gate entropy", "of log E", "neither", ROUTER, "0: one expert alone, 1: all experts alike"
+    ),
+    "router_flips": Metric(
+        "flips of the router",
+        "per second",
+        "lower",
+        ROUTER,
+        "how often the strongest expert changes when the router reads each moment of the clip",
+    ),
+    "router_flips_ema": Metric(
+        "flips of the router after EMA",
+        "per second",
+        "lower",
+        ROUTER,
+        "the same of its gates averaged over time, as those of a schedule are",
     ),
 }
 

@@ -32,12 +32,14 @@ class Scene:
     """[n, 4] by frame: left, top, width, height."""
     masks: tuple[Tensor | None, ...] = ()
     """bool [n, H, W] by frame, a mask for each instance."""
+    where: tuple[Tensor | None, ...] = ()
+    """bool [H, W] by frame: the instruments' region, where it is known between marked frames too."""
 
     def __post_init__(self) -> None:
         if self.frames.dtype != torch.uint8 or self.frames.ndim != 4 or self.frames.shape[-1] != 3:
             shape = list(self.frames.shape)
             raise WanmoeError(f"{self.id}: pictures are uint8 [F, H, W, 3]; got {self.frames.dtype} {shape}")
-        for name in ("tips", "boxes", "masks"):
+        for name in ("tips", "boxes", "masks", "where"):
             marks: Sequence[Tensor | None] = getattr(self, name)
             if marks and len(marks) != len(self.frames):
                 raise WanmoeError(f"{self.id}: {name} of {len(marks)} frames, but it has {len(self.frames)}")
@@ -55,17 +57,20 @@ class Scene:
             tips=self.tips[:length],
             boxes=self.boxes[:length],
             masks=self.masks[:length],
+            where=self.where[:length],
         )
 
     @property
     def marked(self) -> bool:
         """Whether anything is known of where the instruments are."""
-        marks = (*self.tips, *self.boxes, *self.masks)
+        marks = (*self.tips, *self.boxes, *self.masks, *self.where)
         return any(mark is not None for mark in marks)
 
     def region(self) -> tuple[Tensor | None, ...]:
-        """Where the instruments are, bool [H, W] by frame, as exactly as is known: masks, else boxes, else
-        squares about the tips; None for a frame of which nothing is known."""
+        """Where the instruments are, bool [H, W] by frame: `where`, else of each frame what is known best of
+        masks, boxes and squares about the tips; None for a frame of which nothing is known."""
+        if self.where:
+            return self.where
         return tuple(self._region_of(index) for index in range(len(self.frames)))
 
     def _region_of(self, index: int) -> Tensor | None:

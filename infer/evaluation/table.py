@@ -33,7 +33,14 @@ def markdown(found: Evaluation, title: str) -> str:
         lines.append("")
     if found.load:
         shares = ", ".join(f"{name} {share:.2f}" for name, share in found.load.items())
-        lines += ["## Load of the experts", "", f"Mean gate over the held-out captions: {shares}.", ""]
+        lines += ["## Load of the experts", "", f"Mean gate over the held-out clips: {shares}.", ""]
+    if found.routed:
+        names = list(found.load)
+        lines += ["## Gates of the router", "", "| label | " + " | ".join(names) + " |"]
+        lines.append("|" + "---|" * (len(names) + 1))
+        for label, gates in found.routed.items():
+            lines.append(f"| {label} | " + " | ".join(f"{gates[name]:.2f}" for name in names) + " |")
+        lines.append("")
     lines += ["## Notes", "", *(f"- {note}" for note in found.notes), ""] if found.notes else []
     return "\n".join(lines)
 

@@ -36,7 +36,8 @@ def temporal_scores(
     neighbouring frames, PSNR of their mean error. {} where no pair has enough points that count.
 
     Points count that are seen in both frames (forward-backward check) and lie in the region of the later one
-    (`Scene.region`; of frames without one, everywhere).
+    (`Scene.region`); a frame of which no region is known counts in a clip alone that has none at all, and
+    then everywhere.
     """
     height, width = scene.size
     even = scene.frames[:, : height // 8 * 8, : width // 8 * 8]
@@ -47,6 +48,8 @@ def temporal_scores(
     for index, region in enumerate(scene.region()[1:]):
         before, now = even[index], even[index + 1]
         counts = _grown(flow.visible[index].astype(np.uint8), flow.scale).astype(bool)
+        if region is None and scene.marked:
+            continue
         if region is not None:
             counts &= region.numpy()[: counts.shape[0], : counts.shape[1]]
         if counts.sum() < _FEWEST:

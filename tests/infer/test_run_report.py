@@ -46,6 +46,7 @@ def evaluation(folder: Path, clips: int = 12) -> dict[str, Any]:
         "confusion": {"made": [[6, 0], [2, 4]]},
         "router": {"router_agreement": estimate(1.0)},
         "load": {"Scissors": 0.5, "<Hook>": 0.5},
+        "routed": {"Scissors": {"Scissors": 0.9, "<Hook>": 0.1}},
         "notes": ["a note"],
         "each": {name: {"warped_psnr": float(number), "identity": 1.0} for number, name in enumerate(names)},
         "marks": marks,

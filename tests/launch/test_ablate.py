@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -171,6 +173,30 @@ def test_a_folder_of_another_ablation_or_of_other_things_is_refused(
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(WanmoeError, match="is not empty and holds no ablation"):
         run_ablation(read_ablation(file), tmp_path, 1, CPU, [], lambda _: None)
+
+
+def test_a_base_may_be_a_folder_and_other_shards_are_another_ablation(
+    done: tuple[Path, Path, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    """As Wan2.2 comes: its files in a folder."""
+    _, out, _, _ = done
+    (tmp_path / "wan").mkdir()
+    shutil.copy(out / "base" / "model.safetensors", tmp_path / "wan")
+    own = SMALL.replace("[base]\ntrain.steps = 2\ndata.batch = 2", '[base]\nmodel.dit = "wan"')
+    for name in ("clips", "pairs"):
+        own = re.sub(rf"\[scenes\.{name}\](\n\w+ = .*)+", f'[shards]\n{name} = "{out}/shards/{name}"', own)
+    own = own.replace("[shards]\npairs", "pairs")
+    (tmp_path / "own.toml").write_text(own)
+    shared = Shared(read_ablation(tmp_path / "own.toml"), tmp_path / "out", CPU)
+    assert shared.base == tmp_path / "wan" and shared.shards("pairs") == out / "shards" / "pairs"
+    shared.claim()
+    shutil.copy(out / "classifier.safetensors", shared.classifier())
+    (step,) = shared.plan.rows["base"]
+    assert shared.key(step, 0, None, "").startswith("a-")
+    (tmp_path / "own.toml").write_text(own.replace("shards/pairs", "shards/clips"))
+    other = Shared(read_ablation(tmp_path / "own.toml"), tmp_path / "out", CPU)
+    with pytest.raises(WanmoeError, match="of other clips or another base"):
+        other.claim()
 
 
 def test_the_command(

@@ -9,19 +9,34 @@ import numpy as np
 import pytest
 import torch
 
+from wanmoe.infer.run_report import EvaluationPart
 from wanmoe.launch import cli
 from wanmoe.launch.evaluation import paired, read_clips, scenes
-from wanmoe.moe_lora import AdapterConfig, ExpertSet, WanConfig, WanDiT, attach, save_adapter
+from wanmoe.launch.evaluation_run import open_run, router_figures, run_scenes
+from wanmoe.launch.report import parts_of
+from wanmoe.moe_lora import (
+    AdapterConfig,
+    ExpertSet,
+    RouterConfig,
+    WanConfig,
+    WanDiT,
+    attach,
+    load_dit,
+    save_adapter,
+)
 from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.moe_lora.instruments import SURGICAL
+from wanmoe.moe_lora.routing import ema_over_frames, learned_gates, pool_text
 from wanmoe.moe_lora.video import read_video, write_video
 from wanmoe.moe_lora.wan.codec import load_vae
 from wanmoe.moe_lora.wan.text import load_text_encoder
 from wanmoe.moe_lora.wan.weights import save_dit
 from wanmoe.train.data.clip_list import read_clip_list
 from wanmoe.train.data.prepare import prepare
+from wanmoe.train.data.shards import ShardDataset
 from wanmoe.train.judges import Classifier, Detector, load_classifier, save_judge
 from wanmoe.train.judges.judge import JudgeInfo
+from wanmoe.train.routed import RoutedDiT
 from wanmoe.train.synth import synth_clips
 
 
@@ -171,10 +186,16 @@ def test_a_run_is_evaluated_on_its_own_held_out_clips(
     assert code == 0, line
     found = json.loads((trained / "evaluation" / "evaluation.json").read_text())
     assert found["clips"]["pairs"] == 8 and len(found["sources"]) == 8
-    assert all(Path(path).is_file() for sides in found["sources"].values() for path in sides.values())
+    moved = (trained / "evaluation").rename(work / "moved")
+    (part,) = parts_of(moved)
+    assert isinstance(part, EvaluationPart)
+    sources = part.values["sources"].values()
+    assert all(Path(sides[side]).is_file() for sides in sources for side in ("made", "real"))
     assert {"tip_pck@5px", "identity", "flips", "warped_psnr", "fds"} <= found["rows"].keys()
     assert found["rows"]["tip_pck@5px"]["real"] is not None, "the detector's own error on real clips"
     assert found["router"]["router_agreement"]["value"] == 1, "the words of the captions name the instrument"
+    for label, gates in found["routed"].items():
+        assert max(gates, key=lambda name: gates[name]) == label and sum(gates.values()) == pytest.approx(1)
     assert sum(found["load"].values()) == pytest.approx(1)
     assert "a stand-in for Wan's codec" in text and "noised to t = 0.8" in text
     assert found["marks"] and all(marks["true"] for marks in found["marks"].values())
@@ -182,6 +203,52 @@ def test_a_run_is_evaluated_on_its_own_held_out_clips(
     code, _, line = run(monkeypatch, capsys, "--run", trained, "--vae", "haar")
     assert code == 2 and "it has no adapter.safetensors: the run has not ended well" in line
     (trained / "gone.safetensors").rename(trained / "adapter.safetensors")
+
+
+def test_a_router_that_reads_a_frame_is_shown_it(work: Path, trained: Path) -> None:
+    torch.manual_seed(1)
+    dit = load_dit(work / "base.safetensors")
+    config = RouterConfig(mode="learned", first_frame_classes=4, top_k=2)
+    adapter = attach(dit, AdapterConfig(blocks=2), config)
+    assert adapter.router is not None
+    torch.nn.init.normal_(adapter.router.hidden.weight, std=2.0)
+    torch.nn.init.normal_(adapter.router.out.weight, std=2.0)
+    folder = work / "reads"
+    folder.mkdir()
+    save_adapter(adapter, folder / "adapter.safetensors", stage="c", step=1)
+    text = (trained / "config.toml").read_text().replace('stage = "b"', 'stage = "c"')
+    text += '[objective]\nclassifier = "../classifier.safetensors"\n'
+    (folder / "config.toml").write_text(text + '[router]\nmode = "learned"\nfirst_frame_classes = 4\n')
+    found, cpu = open_run(folder), torch.device("cpu")
+    routing = router_figures(found, cpu)
+    assert routing is not None
+    # The truth: the router asked about every latent frame by itself.
+    judge, data = load_classifier(work / "classifier.safetensors"), ShardDataset(work / "shards", "val")
+    changes, smooth = [], []
+    for sample in (data[index] for index in range(len(data))):
+        rows = []
+        for place in range(sample.latent.shape[1]):
+            seen = judge(sample.latent[None, :, place : place + 1].float())
+            rows.append(
+                learned_gates(adapter.router(pool_text([sample.context]), evidence=seen), config, False)
+            )
+        moments = torch.cat(rows).detach()
+        calm = ema_over_frames(moments[None], config.ema, len(SURGICAL))[0]
+        for kept, gates in ((changes, moments), (smooth, calm)):
+            kept.append(float((gates.argmax(1).diff() != 0).sum()) / (9 / 16))
+    assert routing.figures["router_flips"].value == pytest.approx(np.mean(changes))
+    assert routing.figures["router_flips_ema"].value == pytest.approx(np.mean(smooth))
+    shown: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        forward = RoutedDiT.forward
+
+        def spied(self: RoutedDiT, *args: object, **given: torch.Tensor) -> object:
+            shown.append(given["evidence"])
+            return forward(self, *args, **given)
+
+        patch.setattr(RoutedDiT, "forward", spied)
+        next(run_scenes(found, "haar", 0.8, 1, work / "reads-out", cpu))
+    torch.testing.assert_close(shown[0][:1], judge(data[0].latent[None, :, :1].float()))
 
 
 def test_judges_of_latents_need_their_own_codec(

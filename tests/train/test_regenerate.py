@@ -18,7 +18,7 @@ def test_the_exact_velocity_gives_back_the_clips(shards):
         # On the straight way from x0 to noise the velocity is that of the whole way.
         return (x - batch.latent.float()) / t.view(-1, 1, 1, 1, 1)
 
-    made = regenerate(towards, data, GATES, batch=3, steps=5)
+    made = list(regenerate(towards, data, GATES, batch=3, steps=5))
     assert [len(batch.keys) for batch, _ in made] == [3, 1]
     for batch, latent in made:
         torch.testing.assert_close(latent, batch.latent.float(), atol=1e-4, rtol=1e-4)
@@ -35,7 +35,7 @@ def test_it_starts_from_the_same_noise_whatever_the_batch(shards):
                 seen.append(x.clone())
             return torch.zeros_like(x)
 
-        regenerate(velocity, data, GATES, batch=batch)
+        list(regenerate(velocity, data, GATES, batch=batch))
         return torch.cat(seen)
 
     assert torch.equal(starts(4), starts(1))
@@ -43,4 +43,4 @@ def test_it_starts_from_the_same_noise_whatever_the_batch(shards):
 
 def test_it_takes_at_least_one_step(shards):
     with pytest.raises(WanmoeError, match="steps is 0"):
-        regenerate(lambda x, t, b: x, ShardDataset(shards, "val"), GATES, steps=0)
+        next(regenerate(lambda x, t, b: x, ShardDataset(shards, "val"), GATES, steps=0))

@@ -67,7 +67,20 @@ def latent_region(
     marks: Marks,
     flow: ClipFlow | None,
 ) -> Tensor | None:
-    """The instruments' region on the latent grid, uint8 [(F - 1) / 4 + 1, H / 8, W / 8] of 0 and 255.
+    """`window_region` on the latent grid, uint8 [(F - 1) / 4 + 1, H / 8, W / 8] of 0 and 255."""
+    region = window_region(clip, indices, fit, masks, marks, flow)
+    return None if region is None else pool(region)
+
+
+def window_region(
+    clip: Clip,
+    indices: Sequence[int],
+    fit: Fit,
+    masks: Mapping[int, Mask] | None,
+    marks: Marks,
+    flow: ClipFlow | None,
+) -> Tensor | None:
+    """The instruments' region in each frame of a window, uint8 [F, H, W] of 0 and 255.
 
     A frame's region is its mask, else its polygons, else the nearest of either within a second, moved by the
     median flow inside, else its boxes, else discs about its tips. None where the clip has no annotation at
@@ -94,7 +107,7 @@ def latent_region(
     for tip in marks.tips:
         if tip.frame not in outlined and tip.frame not in boxed:
             cv2.circle(picture[tip.frame], (round(tip.x), round(tip.y)), radius, 255, -1)
-    return pool(torch.from_numpy(picture))
+    return torch.from_numpy(picture)
 
 
 def pool(masks: Tensor) -> Tensor:

@@ -72,8 +72,8 @@ def test_permuted_labels_give_chance() -> None:
 def test_flips_are_counted_by_the_second_and_an_average_has_fewer() -> None:
     frames = torch.zeros(33, 16, 16, 3, dtype=torch.uint8)
     for place in range(9):
-        # One moment in three is strongly another colour.
-        frames[4 * place : 4 * place + 4, ..., 1 if place % 3 == 2 else 0] = 4
+        # One moment in three is a little more of another colour.
+        frames[4 * place : 4 * place + 4, ..., 1 if place % 3 == 2 else 0] = 1 if place % 3 == 2 else 4
     scene = Scene("clip", frames, 16.0, (("red", 1.0),))
     found = evaluate([(scene, None)], JUDGES).rows
     assert found["flips"].made.value == pytest.approx(5 / (33 / 16))

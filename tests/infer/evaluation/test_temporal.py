@@ -91,6 +91,20 @@ def test_only_the_region_counts() -> None:
     assert temporal_scores(clip(frames, boxes=(nowhere,) * 4)) == {}
 
 
+def test_frames_without_a_region_do_not_count_where_others_have_one() -> None:
+    """A clip that is loud where nobody marked it, and in a frame of which nothing is known."""
+    frames = still(4)
+    noise = torch.from_numpy(np.random.default_rng(3).normal(0, 30, (96, 128, 3)))
+    frames[3] = (frames[3].double() + noise).round().clamp(0, 255).byte()
+    box = torch.tensor([[90.0, 20, 30, 40]])
+    assert temporal_scores(clip(frames, boxes=(box, box, box, None)))["warped_psnr"] > 60
+    assert temporal_scores(clip(frames))["warped_psnr"] < 40
+    where = torch.zeros(96, 128, dtype=torch.bool)
+    where[20:60, 90:120] = True
+    known = clip(frames, boxes=(box, None, None, None), where=(where,) * 4)
+    assert temporal_scores(known)["warped_psnr"] < 40
+
+
 def test_what_was_hidden_does_not_count() -> None:
     """A square that jumps uncovers a strip, of which no flow can tell what is there."""
     frames = still(3)
