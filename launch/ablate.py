@@ -117,7 +117,8 @@ def _track(uri: str, result: dict[str, Any], folder: Path) -> str:
     for name, by_seed in result["rows"].items():
         for seed, row in by_seed.items():
             steps = result["recipes"][name]
-            params = {"row": name, "axis": result["axes"][name], "seed": seed, "commit": row["commit"]}
+            params = {"row": name, "axis": result["axes"][name], "seed": seed}
+            params |= {"commits": ", ".join(row["commits"])}
             for number, step in enumerate(steps):
                 params |= {f"{number}.{step['use']}.{key}": value for key, value in _flat(step["tree"])}
             record(

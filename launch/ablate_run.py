@@ -85,7 +85,9 @@ def run_ablation(
         "recipes": {name: [step.model_dump() for step in plan.rows[name]] for name in rows},
         "scenes": {name: scenes.model_dump() for name, scenes in plan.spec.scenes.items()},
         "judges": judged(shared.judge, shared.detector if shared.finds_tips else None),
-        "commits": sorted({row["commit"] for rows_ in done.values() for row in rows_.values()}),
+        "commits": sorted(
+            {one for rows_ in done.values() for row in rows_.values() for one in row["commits"]}
+        ),
         "minutes": (time.monotonic() - began) / 60,
     }
 
@@ -222,10 +224,9 @@ def measure_row(shared: Shared, name: str, seed: int, chain: Sequence[str]) -> d
     made = [json.loads((shared.stage(key) / "made.json").read_text()) for key in chain]
     if "train_s" in spec.figures:
         figures["train_s"] = Figure(sum(one["seconds"] for one in made))
-    commits = {one["commit"] for one in made} | {_commit()}
     row = {
         "figures": {key: figure._asdict() for key, figure in figures.items()},
-        "commit": ", ".join(sorted(commits)),
+        "commits": sorted({one["commit"] for one in made} | {_commit()}),
         "of": facts,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

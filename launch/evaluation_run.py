@@ -35,8 +35,6 @@ from ..train.routing_losses import entropy
 from ..train.stages import STAGES
 from .config import Config, load_config
 
-FPS = 16.0
-
 
 class Run(NamedTuple):
     """A run folder that is evaluated."""
@@ -92,9 +90,14 @@ def run_scenes(
             for folder, source in (("made", latent), ("real", sample.latent.float())):
                 with torch.no_grad():
                     frames = to_frames(codec.decode(source[None].to(device))[0])
-                write_video(out / folder / f"{key}.mp4", frames, FPS, {"clip": key})
+                write_video(out / folder / f"{key}.mp4", frames, _fps(sample), {"clip": key})
                 scenes.append(decoded_scene(sample, frames, marked=folder == "real"))
             yield scenes[0], scenes[1]
+
+
+def _fps(sample: Sample) -> float:
+    """Frames a second; Wan's 16 where a shard does not say it."""
+    return float(sample.meta.get("fps") or 16)
 
 
 def decoded_scene(sample: Sample, frames: Tensor, marked: bool) -> Scene:
@@ -112,7 +115,7 @@ def decoded_scene(sample: Sample, frames: Tensor, marked: bool) -> Scene:
             own[TIME_STRIDE * place] = seen if len(seen) else None
         tips = tuple(own) if any(one is not None for one in own) else ()
     label = tuple(sample.instruments)
-    return Scene(sample.key, frames, FPS, label, sample.caption, tips=tips, where=where)
+    return Scene(sample.key, frames, _fps(sample), label, sample.caption, tips=tips, where=where)
 
 
 class _Models:
@@ -232,7 +235,7 @@ def router_figures(run: Run, device: torch.device, seed: int = 0) -> Routing | N
             values["router_agreement"] = float(label[gates.argmax()] >= label.max())
             by_label.setdefault(int(label.argmax()), []).append(gates)
         if len(moments) > 1:
-            seconds = (TIME_STRIDE * (len(moments) - 1) + 1) / FPS
+            seconds = (TIME_STRIDE * (len(moments) - 1) + 1) / _fps(sample)
             changes = flips(moments, seconds, info.router.ema)
             values |= dict(zip(("router_flips", "router_flips_ema"), changes, strict=True))
         for key, value in values.items():
