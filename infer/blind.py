@@ -117,6 +117,8 @@ class Tally(NamedTuple):
     """Share of left among the answers for a side: far from a half is a rater who does not look."""
     each: dict[str, float]
     """By rater, the rate of the first set."""
+    unread: list[str]
+    """Files that do not count: without an answer, or of a rater who answered again later."""
 
 
 def read_key(path: Path) -> dict[str, Any]:
@@ -131,11 +133,17 @@ def tally(answers: Sequence[Path], key: Mapping[str, Any], seed: int = 0) -> Tal
     have.
     """
     files: dict[str, tuple[str, Path, Mapping[str, Any]]] = {}
+    unread: list[str] = []
     for path in answers:
         found = _read(path, PAGE)
         if found.get("study") != key["study"]:
             raise WanmoeError(f"{path}: answers of study {found.get('study')}, the key is of {key['study']}")
         rater, ended = str(found.get("rater", "")), str(found.get("ended", ""))
+        if not found.get("answers"):
+            unread.append(str(path))
+            continue
+        if rater in files:
+            unread.append(str(path if ended <= files[rater][0] else files[rater][1]))
         if rater not in files or ended > files[rater][0]:
             files[rater] = (ended, path, found)
     first, second = key["sets"]
@@ -149,10 +157,14 @@ def tally(answers: Sequence[Path], key: Mapping[str, Any], seed: int = 0) -> Tal
             pair, choice = key["pairs"].get(answer.get("pair")), answer.get("choice")
             if pair is None or choice not in CHOICES:
                 raise WanmoeError(f"{path}: no pair {answer.get('pair')!r} or choice {choice!r} here")
-            owner = None if choice == "same" else pair["clips"].get(answer.get(choice))
-            if choice != "same" and owner is None:
-                raise WanmoeError(f"{path}: pair {answer['pair']} has no clip {answer.get(choice)!r}")
-            said[row, names.index(answer["pair"])] = 0.5 if owner is None else codes[owner]
+            place = names.index(answer["pair"])
+            if not np.isnan(said[row, place]):
+                raise WanmoeError(f"{path}: pair {answer['pair']} is answered twice")
+            clips = answer.get("left"), answer.get("right")
+            if set(clips) != set(pair["clips"]):
+                raise WanmoeError(f"{path}: pair {answer['pair']} has no clips {clips[0]!r} and {clips[1]!r}")
+            owner = None if choice == "same" else pair["clips"][answer[choice]]
+            said[row, place] = 0.5 if owner is None else codes[owner]
             left, sides = left + (choice == "left"), sides + (choice != "same")
     given = ~np.isnan(said)
     if not given.any():
@@ -171,6 +183,7 @@ def tally(answers: Sequence[Path], key: Mapping[str, Any], seed: int = 0) -> Tal
         _alpha(said),
         left / sides if sides else 0.5,
         {rater: float(1 - np.nanmean(said[row])) for row, rater in enumerate(raters) if given[row].any()},
+        unread,
     )
 
 

@@ -22,8 +22,10 @@ from ..moe_lora.errors import WanmoeError
 from ..moe_lora.files import write_atomic
 from ..moe_lora.video import frame_at, read_video, video_info
 from .charts import STYLE, Curve, Dot, curve_chart, dot_chart, inline_png
-from .evaluation.metrics import METRICS, direction
+from .evaluation.estimate import Estimate, as_share, difference
+from .evaluation.metrics import METRICS, Metric, direction
 from .evaluation.table import number
+from .evaluation.table import shown as shown_estimate
 
 TEMPLATE = Path(__file__).with_name("run_report.html.j2")
 SHEET, FRAMES, WORST = 8, 4, 10
@@ -64,7 +66,15 @@ class AblationPart:
     facts: dict[str, str] = field(default_factory=dict)
 
 
-Part = RunPart | EvaluationPart | AblationPart
+@dataclass
+class TallyPart:
+    """What raters said of two sets, as `tally.json` has it."""
+
+    name: str
+    values: Mapping[str, Any]
+
+
+Part = RunPart | EvaluationPart | AblationPart | TallyPart
 
 
 class _Clip(NamedTuple):
@@ -87,7 +97,7 @@ class _Failure(NamedTuple):
 def write_run_report(path: Path, title: str, parts: Sequence[Part]) -> None:
     """Writes the report as one HTML file, whole or not at all.
 
-    Raises WanmoeError where there is nothing to report, or a clip that an evaluation names is gone.
+    Clips of an evaluation that are gone have no pictures. Raises WanmoeError without anything to report.
     """
     if not parts:
         raise WanmoeError("there is nothing to report: give run folders, evaluations or ablations")
@@ -96,11 +106,19 @@ def write_run_report(path: Path, title: str, parts: Sequence[Part]) -> None:
     )
     environment.globals.update(METRICS=METRICS, direction=direction)
     environment.filters["interval"] = _interval
+    environment.filters["estimate"] = shown_estimate
+    evaluations = [part for part in parts if isinstance(part, EvaluationPart)]
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
         style=STYLE.read_text(encoding="utf-8"),
         runs=[(run, _curve_charts(run)) for run in parts if isinstance(run, RunPart)],
-        evaluations=[_evaluation(part) for part in parts if isinstance(part, EvaluationPart)],
+        evaluations=[_evaluation(part) for part in evaluations],
+        compared=[
+            (other.name, rows)
+            for other in evaluations[1:]
+            if (rows := compared(evaluations[0].values, other.values))
+        ],
+        tallies=[part for part in parts if isinstance(part, TallyPart)],
         ablations=[(part, _dots(part)) for part in parts if isinstance(part, AblationPart)],
     )
     write_atomic(path, lambda partial: partial.write_text(page, encoding="utf-8"))
@@ -142,8 +160,32 @@ def _evaluation(part: EvaluationPart) -> dict[str, Any]:
         "groups": groups,
         "confusion": confusion,
         "sheet": _sheet(values),
+        "gone": gone(values),
         "failures": _failures(values),
     }
+
+
+def compared(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[Metric, Estimate]]:
+    """By how much each figure of an evaluation is above that of the first, over the clips that both have: the
+    mean of the clips' differences with its interval. Nothing without three such clips."""
+    out = []
+    for key, metric in METRICS.items():
+        one, two = (
+            {name: as_share(row[key]) for name, row in values["each"].items() if row.get(key) is not None}
+            for values in (first, other)
+        )
+        found = difference(two, one)
+        if found is not None and found.clips >= 3:
+            out.append((metric, found))
+    return out
+
+
+def gone(values: Mapping[str, Any]) -> list[str]:
+    """Paths of clips that were measured and are not there any more."""
+    paths = [
+        source[side] for source in values["sources"].values() for side in ("made", "real") if side in source
+    ]
+    return [path for path in paths if not Path(path).is_file()]
 
 
 def _shaded(row: Sequence[float]) -> list[tuple[str, float]]:
@@ -220,8 +262,8 @@ def _film(values: Mapping[str, Any], name: str, side: str) -> list[Tensor] | Non
     if side not in source:
         return None
     path = Path(source[side])
-    if not path.is_file():
-        raise WanmoeError(f"{path}: the clip that the evaluation measured is gone; evaluate again")
+    if not path.is_file() or not Path(source["made"]).is_file():  # its size and rate are those of both
+        return None
     frames = list(_as_measured(values, name, side, path))
     marks = values["marks"].get(name, {})
     true, found = marks.get("true", []), marks.get("found", [])

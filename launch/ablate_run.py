@@ -50,7 +50,7 @@ def run_ablation(
 
     Args:
         jobs: trainings at a time on the CPU; on a card they take turns.
-        names: rows to run; default all.
+        names: rows to run; default all. Others that an earlier call has measured stay in the result.
 
     Returns the result as `table` takes it, of the rows that succeeded, with `failed` by row. Raises
     WanmoeError for a folder of another ablation, and where clips, base or judges cannot be made.
@@ -67,9 +67,11 @@ def run_ablation(
             list(pool.map(shared.make_clips, plan.spec.scenes))
             for maker in [pool.submit(make) for make in shared.makers()]:
                 maker.result()
+            rows = [name for name in plan.rows if name in rows or _measured(shared, name)]
             done, failed = _run_all(shared, _work(shared, rows), pool, jobs, say)
-        except WanmoeError as error:
-            say(f"{error}; ending what still runs")
+        except (WanmoeError, KeyboardInterrupt) as error:
+            why = str(error) or "interrupted; the same command goes on from here"
+            say(f"{why}; ending what still runs")
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return {
@@ -90,6 +92,13 @@ def run_ablation(
         ),
         "minutes": (time.monotonic() - began) / 60,
     }
+
+
+def _measured(shared: Shared, name: str) -> bool:
+    """Whether nothing is left to train of a row that an earlier call has measured."""
+    work = _work(shared, [name])
+    rows = all(shared.row(name, seed).exists() for _, seed in work.rows)
+    return rows and all(shared.is_made(key) for key in work.nodes)
 
 
 def _work(shared: Shared, rows: Sequence[str]) -> _Work:

@@ -179,7 +179,10 @@ def read_ablation(path: Path) -> Plan:
     known = [*spec.scenes, *spec.shards]
     for name in filter(None, (spec.measure, spec.pairs)):
         if name not in known:
-            raise WanmoeError(f"{path}: no clips {name!r}; there are {', '.join(known) or 'none'}")
+            there = ", ".join(known) or "none"
+            raise WanmoeError(
+                f"{path}: no clips {name!r}; there are {there} (measure and pairs stand at the top)"
+            )
     if unknown := [figure for figure in spec.figures if figure not in FIGURES]:
         near = nearest(unknown[0], list(FIGURES))
         raise WanmoeError(f"{path}: no figure {unknown[0]!r}; nearest is {near!r}")

@@ -261,7 +261,9 @@ def run_logged(words: list[str], env: dict[str, str], log: Path) -> None:
     with log.open("w") as file:
         code = subprocess.run(words, env=env, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     if code != 0:
-        last = log.read_text(errors="replace").strip().splitlines()[-3:]
+        lines = log.read_text(errors="replace").strip().splitlines()
+        # Our own last line, where there is one: compilers and libraries speak too.
+        last = [line for line in lines if line.startswith("wanmoe: error")][-1:] or lines[-3:]
         raise WanmoeError(f"{log}: exit code {code}: {' / '.join(last)}")
 
 

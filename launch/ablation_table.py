@@ -94,10 +94,12 @@ def table(result: Result) -> str:
         out += [f"| {_told(name, axis)} | " + " | ".join(cells) + " |"]
     reference = result["reference"]
     if reference not in result["rows"]:
-        return "\n".join(out)
-    clips = any(_each(result, reference))
-    over = "clips" + (" and seeds" if len(result["seeds"]) > 1 else "") if clips else "seeds"
-    out += ["", f'Difference from "{reference}", paired, with its 95 % interval over {over}:', "", *head]
+        return "\n".join([*out, "", f'No differences: the reference "{reference}" is not among the rows.'])
+    clips = _clips(result, reference)
+    seeds = f"{len(result['seeds'])} seeds" if len(result["seeds"]) > 1 else "one seed"
+    over = f"{clips} held-out clips and {seeds}" if clips else seeds
+    interval = f", with its 95 % interval over {over}" if clips or len(result["seeds"]) > 1 else ""
+    out += ["", f'Difference from "{reference}", paired{interval}:', "", *head]
     for name, axis in _by_axis(result):
         if name != reference:
             cells = [_difference_cell(key, difference(result, name, key)) for key in keys]
@@ -105,9 +107,13 @@ def table(result: Result) -> str:
     return "\n".join(out)
 
 
-def _each(result: Result, name: str) -> list[bool]:
+def _clips(result: Result, name: str) -> int:
+    """Clips that a row's loss is of; 0 where figures of single clips are not there."""
     rows = result["rows"][name].values()
-    return [figure.get("each") is not None for row in rows for figure in row["figures"].values()]
+    each = [
+        row["figures"][key].get("each") for row in rows for key in ("loss", "roi") if key in row["figures"]
+    ]
+    return max((len(one) for one in each if one is not None), default=0)
 
 
 def _by_axis(result: Result) -> list[tuple[str, str]]:
@@ -151,7 +157,8 @@ def write_result(result: Result, folder: Path) -> Path:
     path = folder / "ablation.json"
     text = json.dumps(_rounded(result), indent=None, separators=(",", ":")) + "\n"
     write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-    page = table(result) + "\n"
+    failed = [f"\nFailed: {name}: {why}\n" for name, why in result["failed"].items()]
+    page = "".join([table(result), "\n", *failed])
     write_atomic(path.with_suffix(".md"), lambda partial: partial.write_text(page, encoding="utf-8"))
     return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import typer
 
 from ..infer.blind import Pair, read_key, tally, write_page
 from ..moe_lora.errors import WanmoeError
+from ..moe_lora.files import write_atomic
 from .evaluation import paired, read_clips, scenes
 
 _LARGE = 200 << 20
+_AGREE = 0.2  # Krippendorff's alpha below which one rater does not stand for another
+TALLY = "wanmoe-tally/1"
 
 
 def make_page(
@@ -51,8 +55,8 @@ def _names(folders: Sequence[Path]) -> tuple[str, str]:
     raise WanmoeError(f"--blind compares two sets, but both are {folders[0]}")
 
 
-def say_tally(answers: Sequence[Path], key: Path | None, seed: int) -> None:
-    """Prints what raters answered."""
+def say_tally(answers: Sequence[Path], key: Path | None, seed: int, out: Path | None = None) -> None:
+    """Prints what raters answered, and writes it to `out`/tally.json."""
     if key is None:
         raise WanmoeError("--tally needs the --key that was written beside the page (<page>.key.json)")
     files: list[Path] = []
@@ -62,6 +66,8 @@ def say_tally(answers: Sequence[Path], key: Path | None, seed: int) -> None:
     if not files:
         raise WanmoeError(f"{answers[0]}: no answer files (*.json) in it")
     found = tally(files, read_key(key), seed)
+    for name in found.unread:
+        typer.echo(f"left out: {name} has no answer, or its rater answered again in a later file")
     first, second = found.sets
     typer.echo(f"{found.answers} answers by {found.raters} raters on {found.pairs} pairs")
     typer.echo(f"{first}: {found.wins[0]}, {second}: {found.wins[1]}, no difference: {found.same}")
@@ -79,4 +85,12 @@ def say_tally(answers: Sequence[Path], key: Path | None, seed: int) -> None:
         if found.low <= 0.5 <= found.high
         else (f"raters prefer {first if found.low > 0.5 else second}")
     )
+    if found.alpha is not None and found.alpha < _AGREE:
+        verdict += "; they hardly agree with one another, so that others may say something else"
     typer.echo(verdict)
+    if out is not None:
+        values = {"format": TALLY, **found._asdict(), "verdict": verdict}
+        out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(values, indent=1, ensure_ascii=False)
+        write_atomic(out / "tally.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+        typer.echo(f"wrote {out / 'tally.json'}")

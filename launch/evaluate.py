@@ -14,7 +14,7 @@ import typer
 from tqdm import tqdm
 
 from ..moe_lora.errors import WanmoeError
-from ..moe_lora.files import write_atomic
+from ..moe_lora.files import file_sha256, write_atomic
 from .options import Device, chosen_device
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ..infer.evaluation.evaluate import Evaluation
     from ..infer.evaluation.scene import Scene
+    from ..train.data.clips import Clip
 
 FORMAT = "wanmoe-evaluation/1"
 AnyPair = TypeVar("AnyPair", bound="tuple[Scene, Scene | None]")
@@ -40,7 +41,7 @@ def evaluate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for evaluation.json and .md. Default: evaluation, in the --run if any."),
+        typer.Option(help="Folder for evaluation.json (evaluation, in the --run if any) or tally.json."),
     ] = None,
     classifier: Annotated[
         Path | None, typer.Option(help="File of `wanmoe train-classifier`, for identity.")
@@ -83,7 +84,7 @@ def evaluate(
     if tally:
         from .blind import say_tally
 
-        return say_tally(tally, key, seed)
+        return say_tally(tally, key, seed, out)
     if blind is not None:
         from .blind import make_page
 
@@ -101,10 +102,12 @@ def evaluate(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ..infer.evaluation.evaluate import evaluate as measure
     from ..infer.evaluation.table import terminal
-    from .evaluation import open_judges
+    from .evaluation import open_judges, scenes, told_apart
 
     judges = open_judges(classifier, detector, vae, lpips, features, place)
     out = out or (run or Path()) / "evaluation"
+    if out.exists() and not out.is_dir():
+        raise WanmoeError(f"--out {out}: is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
     sources: dict[str, dict[str, str]] = {}
     if run is not None:
@@ -112,8 +115,19 @@ def evaluate(
         found = _of_run(run, vae, start, steps, out, judges, seed, place, sources)
     else:
         assert generated and real is not None
-        found = measure(_of_files(generated[0], real, sources), judges, seed)
+        clips = _pairs(generated[0], real, sources)
+        notes = told_apart(clips)
+        found = measure(_counted(scenes(clips), len(clips)), judges, seed)
+        found.notes += notes
     facts = _facts(run, generated, real, judges, start, steps, seed)
+    for name, file in (("classifier", classifier), ("detector", detector)):
+        if file is not None:
+            facts |= {name: str(file), f"{name}_sha256": file_sha256(file)}
+    if run is not None and classifier is not None and _asked_in_training(run, facts["classifier_sha256"]):
+        found.notes.append(
+            f"{classifier} is the classifier that the loss of the run asked: its identity is too good; judge "
+            "by one of another seed (`wanmoe train-classifier --seed 1`)"
+        )
     _write(found, facts, sources, out)
     for line in terminal(found):
         typer.echo(line)
@@ -122,10 +136,8 @@ def evaluate(
         _track(track, found, facts, out)
 
 
-def _of_files(
-    made: Path, real: Path, sources: dict[str, dict[str, str]]
-) -> Iterator[tuple[Scene, Scene | None]]:
-    from .evaluation import paired, read_clips, scenes
+def _pairs(made: Path, real: Path, sources: dict[str, dict[str, str]]) -> list[tuple[Clip, Clip | None]]:
+    from .evaluation import paired, read_clips
 
     pairs = paired(read_clips(made), read_clips(real))
     for own, other in pairs:
@@ -133,7 +145,7 @@ def _of_files(
         if other is not None:
             sources[own.id]["real"] = str(other.video_path.resolve())
             sources[own.id]["real_start"] = str(other.start_frame)
-    return _counted(scenes(pairs), len(pairs))
+    return pairs
 
 
 def _counted(pairs: Iterator[AnyPair], total: int) -> Iterator[AnyPair]:
@@ -169,6 +181,13 @@ def _of_run(
     if vae == "haar":
         found.notes.append("haar is a stand-in for Wan's codec: these pictures are its, not Wan's")
     return found
+
+
+def _asked_in_training(run: Path, digest: str) -> bool:
+    from .evaluation_run import open_run
+
+    asked = open_run(run).config.objective.classifier
+    return asked is not None and asked.is_file() and file_sha256(asked) == digest
 
 
 def _facts(

@@ -23,7 +23,7 @@ from ..moe_lora.motion import clip_flow
 from ..moe_lora.video import Fit, VideoInfo, frame_at, iter_windows, to_model, video_info
 from ..moe_lora.wan.codec import SPACE_STRIDE, TIME_STRIDE, load_vae
 from ..train.data.clip_list import SUFFIXES, clips_from_folder, read_clip_list
-from ..train.data.clips import GIVEN, Clip, Polygon
+from ..train.data.clips import GIVEN, Box, Clip, Polygon, Tip
 from ..train.data.region import MaskReader, outline, window_marks, window_region
 from ..train.data.tracks import Mark
 from ..train.judges.judge import LATENT, Classifier, Detector, Judge, load_classifier, load_detector
@@ -32,6 +32,9 @@ from ..train.losses_decoded import Lpips, load_lpips
 
 if TYPE_CHECKING:
     from ..moe_lora.wan.codec import Codec
+
+
+_FEWEST_FRAMES = 5
 
 
 def read_clips(path: Path) -> list[Clip]:
@@ -76,6 +79,66 @@ def paired(made: Sequence[Clip], real: Sequence[Clip]) -> list[tuple[Clip, Clip 
 def _some(clips: Sequence[Clip]) -> str:
     ids = [clip.id for clip in clips[:2]]
     return ", ".join(ids) + (", ..." if len(clips) > 2 else "")
+
+
+def told_apart(pairs: Sequence[tuple[Clip, Clip | None]]) -> list[str]:
+    """What a reader must know of pairs that are not of one shape: notes for the result. Reads every video's
+    header, so that one that is none is found before anything is measured (WanmoeError)."""
+    faster: list[str] = []
+    lengths: list[str] = []
+    shapes: list[str] = []
+    short: list[str] = []
+    lost: list[str] = []
+    for made, real in pairs:
+        own = video_info(made.video_path)
+        if own.frames < _FEWEST_FRAMES:
+            short.append(made.id)
+        lost += [made.origin] if _all_outside(made, own) else []
+        if real is None:
+            continue
+        other = video_info(real.video_path)
+        lost += [real.origin] if _all_outside(real, other) else []
+        seconds = ((real.num_frames or other.frames - real.start_frame) / other.fps, own.frames / own.fps)
+        if own.fps > 1.01 * other.fps:
+            faster.append(made.id)
+        if abs(seconds[0] - seconds[1]) > 1 / other.fps + 1 / own.fps:
+            lengths.append(made.id)
+        if abs(own.width * other.height - own.height * other.width) > own.height * other.height / 50:
+            shapes.append(made.id)
+    told = {
+        "have more frames a second than their real ones, of which frames are shown twice: real ones look "
+        "steadier than they are": faster,
+        "are of another length than their real ones: what both have is compared": lengths,
+        "are of another shape than their real ones, which are scaled to cover them and cut in the "
+        "centre": shapes,
+        f"have fewer than {_FEWEST_FRAMES} frames: steadiness and flips say little of them": short,
+    }
+    notes = [
+        f"{len(ids)} of {len(pairs)} generated clips {what} ({', '.join(ids[:3])}{', ...' * (len(ids) > 3)})"
+        for what, ids in told.items()
+        if ids
+    ]
+    if lost:
+        notes.append(
+            f"no tip or no box of {lost[0]} lies in its frames and its picture"
+            + (f", nor of {len(lost) - 1} other clips" if lost[1:] else "")
+            + ": they are left out; frames count from the beginning of the file, pixels are the file's"
+        )
+    return notes
+
+
+def _all_outside(clip: Clip, info: VideoInfo) -> bool:
+    """Whether tips or boxes are given of which none can be seen in the clip."""
+    end = min(info.frames, clip.start_frame + (clip.num_frames or info.frames))
+
+    def seen(mark: Tip | Box) -> bool:
+        return (
+            clip.start_frame <= mark.frame < end
+            and -0.5 <= mark.x < info.width
+            and -0.5 <= mark.y < info.height
+        )
+
+    return any(marks and not any(map(seen, marks)) for marks in (clip.tips, clip.boxes))
 
 
 def scenes(pairs: Sequence[tuple[Clip, Clip | None]]) -> Iterator[tuple[Scene, Scene | None]]:

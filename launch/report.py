@@ -10,11 +10,12 @@ import typer
 
 from ..infer.charts import Curve, Dot
 from ..infer.evaluation.metrics import direction
-from ..infer.run_report import AblationPart, EvaluationPart, Part, RunPart, write_run_report
+from ..infer.run_report import AblationPart, EvaluationPart, Part, RunPart, TallyPart, gone, write_run_report
 from ..moe_lora.errors import WanmoeError
 from ..train.tracking import read_metrics
 from .ablation import FIGURES
 from .ablation_table import columns, difference, read_result, table
+from .blind import TALLY
 from .evaluate import FORMAT
 
 _LOWER = ("loss", "roi", "withheld", "pairs", "kid", "fds")
@@ -37,11 +38,16 @@ def report(
     if path.suffix != ".html" or not path.absolute().parent.is_dir():
         raise WanmoeError(f"--out {path}: give an .html file in a folder that is there")
     write_run_report(path, title, parts)
+    for part in parts:
+        if isinstance(part, EvaluationPart) and (lost := gone(part.values)):
+            typer.echo(
+                f"{part.name}: {len(lost)} clips are gone and have no pictures, the first is {lost[0]}"
+            )
     typer.echo(f"wrote {path}: {', '.join(_told(part) for part in parts)}")
 
 
 def _told(part: Part) -> str:
-    kinds = {RunPart: "run", EvaluationPart: "evaluation", AblationPart: "ablation"}
+    kinds = {RunPart: "run", EvaluationPart: "evaluation", AblationPart: "ablation", TallyPart: "tally"}
     return f"{kinds[type(part)]} {part.name}"
 
 
@@ -56,12 +62,14 @@ def parts_of(folder: Path) -> list[Part]:
     for place in (folder, folder / "evaluation"):
         if (place / "evaluation.json").is_file():
             parts.append(EvaluationPart(str(place), _evaluation(place / "evaluation.json")))
+    if (folder / "tally.json").is_file():
+        parts.append(TallyPart(str(folder), _read(folder / "tally.json", TALLY, "a tally")))
     if (folder / "ablation.json").is_file():
         parts.append(_ablation(folder / "ablation.json"))
     if not parts:
         raise WanmoeError(
-            f"{folder}: no config.toml of a run, no evaluation.json and no ablation.json in it; give the "
-            "folders of `wanmoe train`, `wanmoe evaluate` or `wanmoe ablate`"
+            f"{folder}: it holds no config.toml of a run, evaluation.json, tally.json or ablation.json; "
+            "give the folders of `wanmoe train`, `wanmoe evaluate` or `wanmoe ablate`"
         )
     return parts
 
@@ -95,14 +103,19 @@ def _run(folder: Path) -> RunPart:
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
+    found = _read(path, FORMAT, "an evaluation")
+    for source in found["sources"].values():
+        source |= {side: str(path.parent / source[side]) for side in ("made", "real") if side in source}
+    return found
+
+
+def _read(path: Path, kind: str, what: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WanmoeError(f"{path}: not a JSON file that can be read: {error}") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise WanmoeError(f"{path}: not an evaluation of this version (format {FORMAT}); evaluate again")
-    for source in found["sources"].values():
-        source |= {side: str(path.parent / source[side]) for side in ("made", "real") if side in source}
+    if not isinstance(found, dict) or found.get("format") != kind:
+        raise WanmoeError(f"{path}: not {what} of this version (format {kind}); make it again")
     return found
 
 
@@ -122,4 +135,5 @@ def _ablation(path: Path) -> AblationPart:
         better = "lower" if key in _LOWER else "higher" if key in _HIGHER else direction(key)
         differences[FIGURES[key]] = (better, dots)
     facts = {"seeds": str(len(result["seeds"])), "commits": ", ".join(one[:10] for one in result["commits"])}
+    facts |= {f"failed: {name}": why for name, why in result["failed"].items()}
     return AblationPart(result["name"], result["reference"], cells[0], cells[1:], differences, facts)

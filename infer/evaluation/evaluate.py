@@ -32,6 +32,7 @@ from .tips import Share, location_scores
 EMA: float = RouterConfig().ema
 """Weight of the past in the averaged judgement, as in the gates of a schedule."""
 _FEWEST_FOR_SETS = 8
+_FEW = 32  # clips a side below which the floor is as wide as what models differ by
 
 
 @dataclass
@@ -94,7 +95,9 @@ class Evaluation:
     routed: dict[str, dict[str, float]] = field(default_factory=dict)
     """The same by label: mean gate of each expert over the clips whose label is that of the key."""
     each: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Figures of each generated clip by id, for the ones that failed."""
+    """Figures of each generated clip by id."""
+    each_real: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same of the real clip that belongs to it."""
     marks: dict[str, dict[str, list[tuple[int, float, float]]]] = field(default_factory=dict)
     """Tips by clip, "found" in the generated and "true" in the real one: (frame, x, y)."""
     notes: list[str] = field(default_factory=list)
@@ -199,10 +202,7 @@ class _Work:
                 real = estimate(list(other.values()), seed) if other else None
                 out.rows[key] = Row(estimate(list(own.values()), seed), real, difference(own, other, seed))
         out.confusion = {side: table.tolist() for side, table in self.confusion.items()}
-        out.each = {
-            name: {key: share.hits / share.of for key, share in shares.items()}
-            for name, shares in self.made.items()
-        }
+        out.each, out.each_real = (_each(table) for table in (self.made, self.real))
         out.marks = {name: marks for name, marks in self.marks.items() if any(marks.values())}
         out.sets = self._sets(seed)
         out.notes = self._notes(out)
@@ -261,7 +261,14 @@ def _listed(scene: Scene) -> list[tuple[int, float, float]]:
 
 
 def _column(table: Mapping[str, Mapping[str, Share]], key: str) -> dict[str, Share]:
-    return {name: shares[key] for name, shares in table.items() if key in shares}
+    """By clip in the order of ids, so that an interval does not depend on the order of files."""
+    return {name: table[name][key] for name in sorted(table) if key in table[name]}
+
+
+def _each(table: Mapping[str, Mapping[str, Share]]) -> dict[str, dict[str, float]]:
+    return {
+        name: {key: share.hits / share.of for key, share in table[name].items()} for name in sorted(table)
+    }
 
 
 def flips(shares: Tensor, seconds: float, ema: float = EMA) -> tuple[float, float]:
@@ -276,9 +283,10 @@ def _verdict(row: SetRow) -> str:
     found = row.distance
     where = "inside" if found.inside_floor else "above"
     half = min(found.made, found.real) // 2
+    few = "; so few clips tell gross faults alone" if half < _FEW else ""
     return (
         f"{row.name}: at {half} clips a side the sets are {found.halves:.4g} apart, real "
-        f"from real {found.floor:.4g} (± {found.floor_sd:.2g}): {where} what real clips differ by"
+        f"from real {found.floor:.4g} (± {found.floor_sd:.2g}): {where} what real clips differ by{few}"
     )
 
 
@@ -306,5 +314,6 @@ def as_json(found: Evaluation) -> dict[str, Any]:
         "routed": found.routed,
         "notes": found.notes,
         "each": plain(found.each),
+        "each_real": plain(found.each_real),
         "marks": plain(found.marks),
     }

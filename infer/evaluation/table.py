@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from .estimate import Estimate
-from .evaluate import Evaluation, SetRow
+from .evaluate import Evaluation, Row, SetRow
 from .metrics import METRICS
 
 _ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}
@@ -19,9 +19,9 @@ def markdown(found: Evaluation, title: str) -> str:
         lines += [
             f"## {group}",
             "",
-            "| figure | generated | real clips, measured alike | generated less real |",
+            "| figure | generated | real clips, measured alike | generated less real | clips |",
         ]
-        lines += ["|---|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows), ""]
+        lines += ["|---|---|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows), ""]
     if found.sets:
         lines += ["## Sets of clips", "", "| " + " | ".join(_SET_HEAD) + " |", "|" + "---|" * len(_SET_HEAD)]
         lines += ["| " + " | ".join(_set_row(row)) + " |" for row in found.sets] + [""]
@@ -49,7 +49,7 @@ def terminal(found: Evaluation) -> list[str]:
     """The same as lines of a terminal, in columns."""
     lines = []
     for group, rows in _groups(found).items():
-        lines += ["", group, *_columns([["", "generated", "real", "difference"], *rows])]
+        lines += ["", group, *_columns([["", "generated", "real", "difference", "clips"], *rows])]
     if found.sets:
         lines += ["", "Sets of clips", *_columns([list(_SET_HEAD), *(_set_row(row) for row in found.sets)])]
     lines += ["", *(f"note: {note}" for note in found.notes)] if found.notes else []
@@ -76,11 +76,19 @@ def _groups(found: Evaluation) -> dict[str, list[list[str]]]:
     groups: dict[str, list[list[str]]] = {}
     for key, row in found.rows.items():
         metric = METRICS[key]
-        cells = [_title(key), shown(row.made), shown(row.real), shown(row.excess)]
+        cells = [_title(key), shown(row.made), shown(row.real), shown(row.excess), _clips(row)]
         groups.setdefault(metric.group, []).append(cells)
     for key, value in found.router.items():
-        groups.setdefault(METRICS[key].group, []).append([_title(key), shown(value), "", ""])
+        groups.setdefault(METRICS[key].group, []).append(
+            [_title(key), shown(value), "", "", str(value.clips)]
+        )
     return groups
+
+
+def _clips(row: Row) -> str:
+    """Of the generated clips; of the real ones too where they are others."""
+    real = row.made.clips if row.real is None else row.real.clips
+    return str(row.made.clips) if real == row.made.clips else f"{row.made.clips}, real {real}"
 
 
 def _title(key: str) -> str:

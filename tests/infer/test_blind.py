@@ -164,7 +164,8 @@ def test_rates_agreement_and_bias_of_known_answers(tmp_path: Path) -> None:
     assert found.wins == (14, 6) and found.rate == pytest.approx(0.7) and found.left == pytest.approx(0.7)
     assert found.each == {"one": pytest.approx(0.8), "two": pytest.approx(0.6)}
     again = answers_of(tmp_path / "later.json", "two", {f"p{n}": "b" for n in range(10)}, "2026-01-02")
-    assert tally([*files, again], key_of(10)).wins == (8, 12), "of a rater the later file counts"
+    both = tally([*files, again], key_of(10))
+    assert both.wins == (8, 12) and both.unread == [str(files[1])], "of a rater the later file counts"
 
 
 def test_the_interval_covers_the_true_rate() -> None:
@@ -178,13 +179,24 @@ def test_the_interval_covers_the_true_rate() -> None:
     assert 0.88 <= inside / 200 <= 0.99
 
 
+ANSWER = {"pair": "p0", "left": "p0a", "right": "p0b", "choice": "left"}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"study": "other"}, "answers of study other"),
         ({"format": "x"}, "not the answers of a blind page"),
         ({"answers": [{"pair": "p9", "choice": "left"}]}, "no pair 'p9'"),
-        ({"answers": [{"pair": "p0", "left": "zz", "choice": "left"}]}, "no clip 'zz'"),
+        ({"answers": [{"pair": "p0", "left": "zz", "choice": "left"}]}, "no clips 'zz' and"),
+        (
+            {"answers": [{"pair": "p0", "left": "p0a", "right": "p0a", "choice": "left"}]},
+            "no clips 'p0a' and",
+        ),
+        (
+            {"answers": [{"pair": "p0", "left": "p0a", "right": "p0b", "choice": "left"}] * 2},
+            "answered twice",
+        ),
         ({"answers": []}, "no answer"),
     ],
 )

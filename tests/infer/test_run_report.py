@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from wanmoe.infer.charts import Curve, Dot, dot_chart
-from wanmoe.infer.run_report import AblationPart, EvaluationPart, RunPart, write_run_report
+from wanmoe.infer.run_report import AblationPart, EvaluationPart, RunPart, compared, gone, write_run_report
 from wanmoe.moe_lora.errors import WanmoeError
 from wanmoe.moe_lora.video import write_video
 
@@ -114,12 +114,31 @@ def test_a_dot_is_filled_where_its_interval_leaves_zero_out() -> None:
     assert "sure" in chart and "open" in chart and chart.startswith("<svg")
 
 
+def test_two_evaluations_are_compared_clip_by_clip(tmp_path: Path) -> None:
+    one, other = evaluation(tmp_path, clips=6), evaluation(tmp_path, clips=6)
+    for number, row in enumerate(other["each"].values()):
+        row["warped_psnr"] += 2.0 if number % 2 else 4.0
+    del other["each"]["clip-00"]
+    found = {metric.title: difference for metric, difference in compared(one, other)}
+    assert found["warped PSNR"].value == pytest.approx((2 + 4 + 2 + 4 + 2) / 5)
+    assert found["warped PSNR"].clips == 5
+    assert found["identity"].value == found["identity"].low == found["identity"].high == 0
+    parts = [EvaluationPart("ours", one), EvaluationPart("theirs", other)]
+    write_run_report(tmp_path / "two.html", "two", parts)
+    page = (tmp_path / "two.html").read_text(encoding="utf-8")
+    assert "theirs less ours" in page and "2.800 (" in page.split("theirs less ours")[1]
+
+
 def test_missing_clips_and_nothing_at_all_are_named(tmp_path: Path) -> None:
     values = evaluation(tmp_path)
     (tmp_path / "clip-00-made.mp4").unlink()
-    with pytest.raises(WanmoeError, match=r"clip-00-made.mp4: the clip that the evaluation measured is gone"):
-        write_run_report(tmp_path / "r.html", "t", [EvaluationPart("e", values)])
+    write_run_report(tmp_path / "r.html", "t", [EvaluationPart("e", values)])
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "1 files of clips that were measured are gone" in page and "clip-00-made.mp4" in page
+    assert "clip-01" in page.split("<h3>Clips</h3>")[1] and gone(values) == [
+        str(tmp_path / "clip-00-made.mp4")
+    ]
     with pytest.raises(WanmoeError, match="there is nothing to report"):
-        write_run_report(tmp_path / "r.html", "t", [])
-    assert not (tmp_path / "r.html").exists()
+        write_run_report(tmp_path / "none.html", "t", [])
+    assert not (tmp_path / "none.html").exists()
     json.dumps(values)

@@ -113,8 +113,8 @@ def test_a_second_call_takes_what_is_there_and_more_rows_are_added(
     monkeypatch.setattr(ablation_shared, "run_logged", lambda *_: pytest.fail("something was trained again"))
     said: list[str] = []
     again = run_ablation(read_ablation(file), out, 1, CPU, [], said.append, names=["experts"])
-    assert "4 trainings, 4 of them there; 2 rows" in said
-    assert again["rows"] == {"experts": result["rows"]["experts"]}
+    assert "6 trainings, 6 of them there; 7 rows" in said
+    assert again["rows"] == result["rows"], "what was measured before stays in the table"
 
 
 def test_a_training_that_was_cut_off_goes_on(done: tuple[Path, Path, dict[str, Any], list[str]]) -> None:
@@ -156,9 +156,12 @@ def test_a_failure_costs_its_own_rows_alone(
     bad.write_text(SMALL + '[[row]]\nname = "broken"\nstages = [{use = "a", adapter.blocks = 99}, "b"]\n')
     said: list[str] = []
     found = run_ablation(read_ablation(bad), out, 1, CPU, [], said.append, names=["base", "broken"])
-    assert set(found["rows"]) == {"base"}
+    assert set(found["rows"]) == {"frozen", "base", "experts", "two experts"}, "others stay as they were"
+    written = write_result(found, tmp_path).with_suffix(".md").read_text()
+    assert "Failed: broken, seed 0: " in written
     assert set(found["failed"]) == {"broken, seed 0", "broken, seed 1"}
-    assert "exit code 2" in found["failed"]["broken, seed 0"] and ".log" in found["failed"]["broken, seed 0"]
+    fault = found["failed"]["broken, seed 0"]
+    assert re.fullmatch(r"/.*\.log: exit code 2: wanmoe: error.*: .*99.*", fault), fault
     assert any(line.startswith("broken, seed 0: ") for line in said)
 
 
@@ -246,6 +249,7 @@ def result_of(rows: dict[str, list[dict[str, Any]]], reference: str = "one") -> 
         "seeds": list(range(max(map(len, rows.values())))),
         "figures": keys,
         "axes": dict.fromkeys(rows, ""),
+        "failed": {},
         "rows": {
             name: {
                 seed: {"figures": {key: figure(value) for key, value in row.items()}}
@@ -300,7 +304,7 @@ def test_the_table_says_what_is_there_and_marks_what_is_sure(tmp_path: Path) -> 
     text = table(result)
     assert "| row | held-out loss | trained parameters | wrong expert less right |" in text
     assert "| one | 2.100 ± 0.141 | 1,234 |  |" in text and "| frozen | 3.000 | 0 |  |" in text
-    assert "over clips and seeds" in text
+    assert "over 8 held-out clips and 2 seeds:" in text
     assert "| frozen | **+0.900 (+0.800 to +1.000)** | −1,234 |  |" in text
     two = next(line for line in text.splitlines()[8:] if line.startswith("| two"))
     assert "+0.000 (−0" in two and "**" not in two

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from wanmoe.infer.run_report import EvaluationPart
+from wanmoe.infer.run_report import EvaluationPart, write_run_report
 from wanmoe.launch import cli
-from wanmoe.launch.evaluation import paired, read_clips, scenes
+from wanmoe.launch.evaluation import paired, read_clips, scenes, told_apart
 from wanmoe.launch.evaluation_run import open_run, router_figures, run_scenes
 from wanmoe.launch.report import parts_of
 from wanmoe.moe_lora import (
@@ -251,6 +251,33 @@ def test_a_router_that_reads_a_frame_is_shown_it(work: Path, trained: Path) -> N
     torch.testing.assert_close(shown[0][:1], judge(data[0].latent[None, :, :1].float()))
 
 
+def test_what_a_reader_must_know_of_unlike_pairs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], work: Path, tmp_path: Path
+) -> None:
+    """Another rate, length, shape, and marks that lie nowhere: each is a note, never silence."""
+    source = next((work / "scenes" / "videos").glob("val-*.mp4"))
+    frames = read_video(source)
+    rows = [json.loads(line) for line in (work / "scenes" / "clips.jsonl").read_text().splitlines()]
+    row = next(row for row in rows if Path(row["video_path"]).stem == source.stem)
+    row |= {"video_path": str(source), "masks": None, "tips": [[900, 10, 10]], "boxes": []}
+    (tmp_path / "real.jsonl").write_text(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n")
+    said = []
+    for changed, fps in ((frames, 30), (frames[:5], 16), (frames[:, :, 16:64], 16), (frames[:2], 16)):
+        write_video(tmp_path / "made.mp4", changed.contiguous(), fps)
+        (row_,) = paired(read_clips(tmp_path / "made.mp4"), read_clips(tmp_path / "real.jsonl"))
+        said.append(" / ".join(told_apart([row_])))
+    words = ("more frames a second", "another length", "cut in the centre", "fewer than 5 frames")
+    assert all(word in one for word, one in zip(words, said, strict=True))
+    assert all("real.jsonl:1 lies in its frames" in one for one in said)
+    (tmp_path / "out").touch()
+    code, _, line = run(
+        monkeypatch,
+        capsys,
+        *("--real", tmp_path / "real.jsonl", "--generated", tmp_path / "made.mp4", "--out", tmp_path / "out"),
+    )
+    assert code == 2 and line.endswith("is a file; give a folder")
+
+
 def test_judges_of_latents_need_their_own_codec(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], work: Path, trained: Path
 ) -> None:
@@ -319,6 +346,14 @@ def test_a_blind_page_of_two_models_and_its_tally(
     for rater in ("a", "b"):
         told = {"format": "wanmoe-blind/1", "study": key["study"], "rater": rater, "answers": answers}
         (folder / f"{rater}.json").write_text(json.dumps(told))
-    code, text, _ = run(monkeypatch, capsys, "--tally", folder, "--key", tmp_path / "study.key.json")
+    (folder / "late.json").write_text(json.dumps({**told, "rater": "late", "answers": []}))
+    out = tmp_path / "tally"
+    code, text, _ = run(
+        monkeypatch, capsys, "--tally", folder, "--key", tmp_path / "study.key.json", "--out", out
+    )
+    assert "late.json has no answer" in text
+    (part,) = parts_of(out)
+    write_run_report(tmp_path / "raters.html", "raters", [part])
+    assert "made against videos" in (tmp_path / "raters.html").read_text() and "1.000 (1.000" in text
     assert code == 0 and "6 answers by 2 raters on 3 pairs" in text
     assert "win rate of made: 1.000" in text and "raters prefer made" in text

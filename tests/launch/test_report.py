@@ -28,6 +28,7 @@ def ablation(folder: Path) -> None:
         "axes": {"one": "", "two": "floor"},
         "rows": {"one": {0: row(1.0)}, "two": {0: row(1.5)}},
         "commits": ["abcdef0123456789"],
+        "failed": {},
     }
     write_result(result, folder)
 
@@ -45,7 +46,7 @@ def test_a_folder_is_what_lies_in_it(tmp_path: Path) -> None:
     better, (dot,) = found.differences["held-out loss"]
     assert better == "lower" and (dot.label, dot.group, dot.value) == ("two", "floor", 0.5)
     assert "trained parameters" not in found.differences
-    with pytest.raises(WanmoeError, match=r"no config.toml of a run, no evaluation.json and no abl"):
+    with pytest.raises(WanmoeError, match=r"no config.toml of a run, evaluation.json, tally.json or abl"):
         parts_of(tmp_path / "nowhere")
 
 

@@ -219,7 +219,7 @@ def _marks(
 _FORMS = {
     "tips": 'rows of 3 numbers [frame, x, y] or of {"frame", "x", "y", "instrument", "track", "kind"}',
     "boxes": 'rows of 5 numbers [frame, x, y, width, height] or of {"frame", "x", "y", "width", "height", '
-    '"instrument", "track", "kind"}',
+    '"instrument", "track", "kind"}, width and height above 0',
     "polygons": '{"frame", "points": [[x, y], ...], "instrument", "track"} with 3 points or more',
 }
 
@@ -234,7 +234,7 @@ def _tip(value: object) -> Tip | None:
 
 def _box(value: object) -> Box | None:
     numbers, said = _numbers(value, ("frame", "x", "y", "width", "height"))
-    if numbers is None:
+    if numbers is None or min(numbers[3:]) <= 0:
         return None
     frame, x, y, width, height = numbers
     return Box(int(frame), x, y, width, height, *said)
