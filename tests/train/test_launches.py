@@ -221,8 +221,9 @@ def test_what_is_stopped_before_it_works_is_no_failure(straight, tmp_path, momen
 def test_what_is_stopped_when_its_work_is_done_is_no_failure(straight, tmp_path):
     tree = straight[0] | {"train": straight[0]["train"] | {"steps": 5}}
     job = launch(tree, tmp_path / "run", "--ranks", 2)
+    until(job, "step 1: loss")
+    rank = local_rank_processes(job.pid)[0]  # which may be gone as soon as it has written
     until(job, "step 5: wrote")
-    rank = local_rank_processes(job.pid)[0]
     ends = False
     while not ends:
         job.send_signal(signal.SIGTERM)
