@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..infer.evaluation.evaluate import Evaluation
     from ..infer.evaluation.scene import Scene
     from ..train.data.clips import Clip
+    from .evaluation_run import Run
 
 FORMAT = "wanmoe-evaluation/1"
 AnyPair = TypeVar("AnyPair", bound="tuple[Scene, Scene | None]")
@@ -110,9 +111,14 @@ def evaluate(
         raise WanmoeError(f"--out {out}: is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
     sources: dict[str, dict[str, str]] = {}
+    asked: Path | None = None
     if run is not None:
         assert vae is not None
-        found = _of_run(run, vae, start, steps, out, judges, seed, place, sources)
+        from .evaluation_run import open_run
+
+        opened = open_run(run)
+        asked = opened.config.objective.classifier
+        found = _of_run(opened, vae, start, steps, out, judges, seed, place, sources)
     else:
         assert generated and real is not None
         clips = _pairs(generated[0], real, sources)
@@ -123,7 +129,7 @@ def evaluate(
     for name, file in (("classifier", classifier), ("detector", detector)):
         if file is not None:
             facts |= {name: str(file), f"{name}_sha256": file_sha256(file)}
-    if run is not None and classifier is not None and _asked_in_training(run, facts["classifier_sha256"]):
+    if asked is not None and asked.is_file() and file_sha256(asked) == facts.get("classifier_sha256"):
         found.notes.append(
             f"{classifier} is the classifier that the loss of the run asked: its identity is too good; judge "
             "by one of another seed (`wanmoe train-classifier --seed 1`)"
@@ -153,7 +159,7 @@ def _counted(pairs: Iterator[AnyPair], total: int) -> Iterator[AnyPair]:
 
 
 def _of_run(
-    folder: Path,
+    run: Run,
     vae: str,
     start: float,
     steps: int,
@@ -164,9 +170,8 @@ def _of_run(
     sources: dict[str, dict[str, str]],
 ) -> Evaluation:
     from ..infer.evaluation.evaluate import evaluate as measure
-    from .evaluation_run import held_out, open_run, router_figures, run_scenes
+    from .evaluation_run import held_out, router_figures, run_scenes
 
-    run = open_run(folder)
     pairs = run_scenes(run, vae, start, steps, out, device)
     found = measure(_counted(pairs, held_out(run)), judges, seed)
     for name in found.each:
@@ -181,13 +186,6 @@ def _of_run(
     if vae == "haar":
         found.notes.append("haar is a stand-in for Wan's codec: these pictures are its, not Wan's")
     return found
-
-
-def _asked_in_training(run: Path, digest: str) -> bool:
-    from .evaluation_run import open_run
-
-    asked = open_run(run).config.objective.classifier
-    return asked is not None and asked.is_file() and file_sha256(asked) == digest
 
 
 def _facts(

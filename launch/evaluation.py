@@ -33,8 +33,7 @@ from ..train.losses_decoded import Lpips, load_lpips
 if TYPE_CHECKING:
     from ..moe_lora.wan.codec import Codec
 
-
-_FEWEST_FRAMES = 5
+_FEWEST_FRAMES = 5  # of a clip for steadiness and flips to say something of it
 
 
 def read_clips(path: Path) -> list[Clip]:

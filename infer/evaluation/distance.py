@@ -35,7 +35,8 @@ class Distance(NamedTuple):
     """Between all of both sets."""
     low: float
     high: float
-    """95 % interval of `value` over draws of clips with replacement, the bias of drawing twice taken off."""
+    """95 % interval of `value` over draws of clips with replacement, of pairs of them where they are paired,
+    the bias of drawing twice taken off."""
     made: int
     real: int
     """Clips."""
@@ -80,7 +81,8 @@ def distance(
 ) -> Distance:
     """The distance of features [N, D] of made and [M, D] of real clips by `frechet` or `kernel`.
 
-    `paired` says that clip n of one set was made after clip n of the other: then no half holds both.
+    `paired` says that clip n of one set was made after clip n of the other: then both are drawn together for
+    the interval, and no half holds both.
 
     Raises WanmoeError where there are fewer than 4 clips in a set.
     """
@@ -90,7 +92,11 @@ def distance(
         )
     rng = np.random.default_rng(seed)
     value = measure(made, real)
-    drawn = _kernel_draws(made, real, rng) if measure is kernel else _draws(made, real, measure, rng)
+    drawn = (
+        _kernel_draws(made, real, paired, rng)
+        if measure is kernel
+        else _draws(made, real, measure, paired, rng)
+    )
     # A draw holds clips twice, so its distance is too large by about the bias of the sample itself.
     low, high = value + np.quantile(drawn, [0.025, 0.975]) - drawn.mean()
     half = min(len(made), len(real)) // 2
@@ -125,33 +131,30 @@ def _short(sample: Floats) -> Floats:
     return np.asarray(np.linalg.qr(sample, mode="r"))
 
 
-def _draws(made: Floats, real: Floats, measure: Measure, rng: np.random.Generator) -> Floats:
+def _draws(made: Floats, real: Floats, measure: Measure, paired: bool, rng: np.random.Generator) -> Floats:
     """[S]: the distance of sets drawn with replacement; fewer draws of large sets."""
     count = DRAWS if max(len(made), len(real)) <= 256 else DRAWS // 10
-    return np.array(
-        [
-            measure(
-                made[rng.integers(len(made), size=len(made))], real[rng.integers(len(real), size=len(real))]
-            )
-            for _ in range(count)
-        ]
-    )
+
+    def draw() -> float:
+        first = rng.integers(len(made), size=len(made))
+        second = first if paired else rng.integers(len(real), size=len(real))
+        return measure(made[first], real[second])
+
+    return np.array([draw() for _ in range(count)])
 
 
-def _kernel_draws(made: Floats, real: Floats, rng: np.random.Generator) -> Floats:
+def _kernel_draws(made: Floats, real: Floats, paired: bool, rng: np.random.Generator) -> Floats:
     """[S]: as `_draws`, from one table of kernels; a clip drawn twice is not paired with itself."""
     tables = _kernels(made, real)
-    own, other = len(made), len(real)
-    return np.array(
-        [
-            _discrepancy(
-                *tables,
-                rng.multinomial(own, np.full(own, 1 / own)).astype(float),
-                rng.multinomial(other, np.full(other, 1 / other)).astype(float),
-            )
-            for _ in range(DRAWS)
-        ]
-    )
+
+    def times(clips: int) -> Floats:
+        return rng.multinomial(clips, np.full(clips, 1 / clips)).astype(float)
+
+    def draw() -> float:
+        first = times(len(made))
+        return _discrepancy(*tables, first, first if paired else times(len(real)))
+
+    return np.array([draw() for _ in range(DRAWS)])
 
 
 def _kernels(one: Floats, other: Floats) -> tuple[Floats, Floats, Floats]:

@@ -89,6 +89,16 @@ def test_the_interval_holds_the_distance_of_the_distributions() -> None:
     assert inside >= 17 and DRAWS >= 500
 
 
+@pytest.mark.parametrize("measure", [frechet, kernel])
+def test_pairs_are_drawn_together(measure: object) -> None:
+    """A clip that was made after another is close to it: what it shares with it is no uncertainty."""
+    real = sample(60, 20, 0)
+    made = real + sample(60, 20, 1, 0.5) / 4
+    together, apart = (distance(made, real, measure, paired=paired) for paired in (True, False))  # type: ignore[arg-type]
+    assert together.value == apart.value and together.low < together.value < together.high
+    assert together.high - together.low < 0.7 * (apart.high - apart.low)
+
+
 def test_halves_of_one_set_are_told_to_be_alike_and_the_page_shows_their_bias() -> None:
     """The table of docs/evaluate.md: 400 features with a spectrum that falls, of trace 400."""
     page = (Path(__file__).parents[3] / "docs" / "evaluate.md").read_text(encoding="utf-8")
