@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from ..moe_lora.wan.dit import WanDiT
 from ..moe_lora.wan.weights import save_dit
 from ..train.data.shard_writer import ShardWriter
 from .config import LaunchConfig
+from .hosts import free_port
 from .launcher import environment
 
 CLIPS, TEXT_TOKENS = 16, 8
@@ -128,14 +128,11 @@ def _write(subject: Subject, folder: Path, gpu: bool) -> None:
 
 
 def _start(job: Path, ranks: int, local: int, gpu: bool) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     shared = environment(LaunchConfig(ranks=ranks)) | {
         "WORLD_SIZE": str(ranks),
         "LOCAL_SIZE": str(local),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }
     if not gpu:
         shared |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import random
 import re
 import shlex
 import socket
@@ -46,6 +48,24 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not hosts:
         raise WanmoeError(f"{path}: names no host; it holds lines like `host1 slots=8`")
     return hosts
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens at.
+
+    It lies below those that the system gives to connections (Linux: from 32768 on): between this answer and
+    the seconds until a rank listens there, one of these could take it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20000, 32768)  # the same seed shall not give the same port
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return port
 
 
 def is_here(host: str) -> bool:

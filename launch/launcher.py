@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from ..moe_lora import WanmoeError
 from ..train.watchdog import TRY_AGAIN
 from . import slurm
 from .config import LaunchConfig
-from .hosts import check_reachable, hosts_of, is_here
+from .hosts import check_reachable, free_port, hosts_of, is_here
 
 # Ctrl-C, a scheduler's end and its warning, a terminal that is gone: all of them mean to save and end.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -245,9 +244,7 @@ def master_port(config: LaunchConfig) -> int:
         return slurm.port(config)
     if config.master_port or config.hostfile:
         return config.master_port or 29500
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 def local_ranks(config: LaunchConfig) -> int:

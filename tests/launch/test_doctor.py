@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from wanmoe.launch.hosts import free_port
+
 # Answers as ssh does. `<host>.json` tells what is wrong there: an exit, variables, a folder of Python code
 # that comes first, paths that lead to something else on that host.
 SSH = """#!{python}
@@ -62,12 +64,6 @@ def doctor(site, *words, options=(), **variables):
     command = [sys.executable, "-m", "wanmoe.launch", "launch", *options, "doctor", *words]
     done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=600)
     return done.returncode, done.stdout + done.stderr
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def test_two_sound_hosts_meet(site):

@@ -1,11 +1,13 @@
-"""Hostfiles."""
+"""Hostfiles, and ports to meet at."""
 
+import random
+import socket
 from pathlib import Path
 
 import pytest
 
 from wanmoe.launch.config import LaunchConfig
-from wanmoe.launch.hosts import hosts_of, read_hostfile
+from wanmoe.launch.hosts import free_port, hosts_of, read_hostfile
 from wanmoe.moe_lora import WanmoeError
 
 
@@ -57,3 +59,14 @@ def test_a_part_of_the_hosts_is_chosen_as_deepspeed_reads_it(tmp_path):
 
 def test_without_a_file_it_is_this_machine():
     assert hosts_of(LaunchConfig()) == {}
+
+
+def test_a_free_port_is_none_that_the_system_hands_to_connections(monkeypatch):
+    """Else a connection of another program could take it before the ranks listen there."""
+    ports = {free_port() for _ in range(50)}
+    assert len(ports) > 40 and all(1024 < port < 32768 for port in ports)
+    with socket.socket() as taken:
+        taken.bind(("", min(ports)))
+        drawn = iter([min(ports), max(ports)])
+        monkeypatch.setattr(random.SystemRandom, "randrange", lambda *_: next(drawn))
+        assert free_port() == max(ports)

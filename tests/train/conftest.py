@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from wanmoe.launch.config import LaunchConfig
+from wanmoe.launch.hosts import free_port
 from wanmoe.launch.launcher import command, environment
 from wanmoe.moe_lora.instruments import SURGICAL
 from wanmoe.moe_lora.wan.config import WanConfig
@@ -103,12 +104,6 @@ def config(shards, base, tmp_path) -> dict:
         "tracking": {"enabled": False},
         "launch": {"ranks": 2},
     }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start(tree: dict, path: Path, through_wanmoe: bool = False) -> subprocess.Popen:

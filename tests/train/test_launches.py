@@ -3,7 +3,6 @@ real ones run on other machines, with no more of this shell than these would tak
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import tomli_w
 import torch
 
 from wanmoe.launch.config import load_config
+from wanmoe.launch.hosts import free_port
 from wanmoe.launch.launcher import local_rank_processes
 from wanmoe.moe_lora.adapter_file import read_adapter
 from wanmoe.moe_lora.wan.weights import load_dit, save_dit
@@ -125,12 +125,6 @@ def launch(tree, run, *words):
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def until(process, text):
@@ -255,7 +249,7 @@ def test_hosts_that_do_not_answer_are_all_named_before_anything_starts(straight,
 def test_two_hosts_by_pdsh_get_every_word_and_stop_together(straight, path, tmp_path):
     (tmp_path / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
     name = 'it costs $5 `ls` "q" 100%n'
-    words = ["--hostfile", tmp_path / "hosts", "--master-addr", "127.0.0.1", "--master-port", port()]
+    words = ["--hostfile", tmp_path / "hosts", "--master-addr", "127.0.0.1", "--master-port", free_port()]
     run = tmp_path / "a run"
     job = launch(straight[0], run, *words, "train", "--tracking.name", name)
     stopped(job, run, straight, signal.SIGTERM)
@@ -267,7 +261,7 @@ def test_two_nodes_by_srun_save_and_stop(straight, path, tmp_path, monkeypatch, 
     """SIGUSR1 as Slurm warns; SIGTERM would kill the tasks if srun got it."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node-[0-1]")
-    words = ["--slurm", "--ranks", 2, "--master-addr", "127.0.0.1", "--master-port", port()]
+    words = ["--slurm", "--ranks", 2, "--master-addr", "127.0.0.1", "--master-port", free_port()]
     job = launch(straight[0], tmp_path / "run", *words)
     said = stopped(job, tmp_path / "run", straight, number)
     assert "global batch 4 on 4 ranks" in said
