@@ -69,7 +69,12 @@ def write_page(
     )
     data = {"format": PAGE, "study": study, "question": question, "pairs": shown}
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        question=question, data=_script(data), films=_script(films), count=len(pairs)
+        question=question,
+        data=_script(data),
+        films=_script(
+            {code: films[code] for code in sorted(films)}
+        ),  # as they came, one set was always first
+        count=len(pairs),
     )
     write_atomic(path, lambda partial: partial.write_text(page, encoding="utf-8"))
     beside = path.with_suffix(".key.json")

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def run_ablation(
         names: rows to run; default all. Others that an earlier call has measured stay in the result.
 
     Returns the result as `table` takes it, of the rows that succeeded, with `failed` by row. Raises
-    WanmoeError for a folder of another ablation, and where clips, base or judges cannot be made.
+    WanmoeError for a folder of another ablation, where clips, base or judges cannot be made, and where a
+    worker was killed.
     """
     began = time.monotonic()
     shared = Shared(plan, out, device)
@@ -69,6 +71,11 @@ def run_ablation(
                 maker.result()
             rows = [name for name in plan.rows if name in rows or _measured(shared, name)]
             done, failed = _run_all(shared, _work(shared, rows), pool, jobs, say)
+        except BrokenProcessPool as error:
+            raise WanmoeError(
+                "a worker was killed, as the system does when memory is short: take fewer --jobs; the same "
+                "command goes on from here"
+            ) from error
         except (WanmoeError, KeyboardInterrupt) as error:
             why = str(error) or "interrupted; the same command goes on from here"
             say(f"{why}; ending what still runs")

@@ -192,6 +192,8 @@ def read_ablation(path: Path) -> Plan:
     axes: dict[str, str] = {}
     for row in spec.row:
         for name, steps in _expanded(spec, row, rows, path):
+            if "|" in name or "\n" in name:
+                raise WanmoeError(f"{path}: row {name!r}: no | and no line break in the name of a row")
             if name in rows:
                 raise WanmoeError(f"{path}: two rows are called {name!r}")
             rows[name], axes[name] = steps, row.axis
@@ -222,6 +224,8 @@ def _expanded(
         if not row.name:
             raise WanmoeError(f"{where}: a row needs a name")
         return [(row.name, _changed(steps, row.set, path))]
+    if empty := [key for key, values in row.grid.items() if not values]:
+        raise WanmoeError(f"{where}: grid: {empty[0]} has no values")
     out = []
     for values in itertools.product(*row.grid.values()):
         patch = dict(zip(row.grid, values, strict=True))
@@ -274,6 +278,11 @@ def _check(plan: Plan, path: Path, known: Sequence[str]) -> None:
                 raise WanmoeError(
                     f"{path}: row {name!r}: no clips {step.shards!r}; there are {', '.join(known)}"
                 )
+            for key in ("seed", "run"):
+                if key in step.tree.get("train", {}):
+                    raise WanmoeError(
+                        f"{path}: row {name!r}, stage {step.use!r}: train.{key} is given by the ablation"
+                    )
             tree = over(step.tree, {"data": {"shards": "x"}, "train": {"run": "x"}})
             model = tree.setdefault("model", {})
             if step is not plan.base:

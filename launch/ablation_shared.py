@@ -26,7 +26,7 @@ import tomli_w
 import torch
 
 from ..moe_lora import ExpertSet, WanmoeError
-from ..moe_lora.files import file_sha256
+from ..moe_lora.files import file_sha256, write_atomic
 from ..moe_lora.instruments import SURGICAL
 from ..moe_lora.wan.codec import load_vae
 from ..moe_lora.wan.text import load_text_encoder
@@ -116,7 +116,7 @@ class Shared:
         if self.out.exists() and any(self.out.iterdir()):
             raise WanmoeError(f"{self.out} is not empty and holds no ablation; choose another with --out")
         self.out.mkdir(parents=True, exist_ok=True)
-        marker.write_text(text)
+        write_atomic(marker, lambda partial: partial.write_text(text))
 
     def makers(self) -> list[Callable[[], None]]:
         """What is made before the rows, besides the clips."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..moe_lora.errors import WanmoeError
 from ..moe_lora.files import write_atomic
@@ -27,7 +28,7 @@ class Difference(NamedTuple):
     value: float
     low: float
     high: float
-    """95 % interval over draws of clips, and of seeds where there are several; NaN where it cannot be had."""
+    """95 % interval over clips, and over seeds where there are several; NaN where it cannot be had."""
 
 
 def columns(result: Result) -> list[str]:
@@ -58,19 +59,44 @@ def difference(result: Result, name: str, key: str, seed: int = 0) -> Difference
     if key in _WHOLE or any(own is None or other is None for own, other in each):
         return Difference(value, *_over_seeds([own["value"] - other["value"] for own, other in pairs]))
     apart = np.array([np.subtract(_numbers(own), _numbers(other)) for own, other in each])
-    rng = np.random.default_rng(seed)
-    seeds_, clips = apart.shape
-    drawn = [
-        np.nanmean(apart[np.ix_(rng.integers(seeds_, size=seeds_), rng.integers(clips, size=clips))])
-        for _ in range(_DRAWS)
-    ]
-    centre = value - float(np.nanmean(apart))  # shares of tips are pooled, their clips are not
-    low, high = np.quantile(drawn, [0.025, 0.975]) + centre
-    return Difference(value, float(low), float(high))
+    apart = apart[:, np.isfinite(apart).all(0)]
+    if apart.shape[1] < 2:
+        return Difference(value, math.nan, math.nan)
+    centre = value - float(apart.mean())  # shares of tips are pooled, their clips are not
+    low, high = _over_clips(apart[0], seed) if len(apart) == 1 else _over_both(apart)
+    return Difference(value, low + centre, high + centre)
 
 
 def _numbers(each: Sequence[float | None]) -> list[float]:
     return [math.nan if one is None else one for one in each]
+
+
+def _over_clips(apart: NDArray[np.float64], seed: int) -> tuple[float, float]:
+    """Of differences [N]: over draws of clips with replacement."""
+    drawn = np.random.default_rng(seed).integers(len(apart), size=(_DRAWS, len(apart)))
+    low, high = np.quantile(apart[drawn].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _over_both(apart: NDArray[np.float64]) -> tuple[float, float]:
+    """Of differences [S, N] by seed and clip, both drawn from many: crossed random effects, with
+    Satterthwaite's degrees of freedom. Draws with replacement of two or three seeds would give an interval
+    that is too narrow."""
+    from scipy.stats import t
+
+    seeds, clips = apart.shape
+    mean = apart.mean()
+    by_seed, by_clip = apart.mean(1), apart.mean(0)
+    rest = apart - by_seed[:, None] - by_clip + mean
+    # Of the mean: what seeds bring, what clips bring, and what both have in them already.
+    of_seeds, of_clips = by_seed.var(ddof=1) / seeds, by_clip.var(ddof=1) / clips
+    twice = (rest**2).sum() / ((seeds - 1) * (clips - 1)) / (seeds * clips)
+    if of_seeds + of_clips == 0:
+        return float(mean), float(mean)
+    variance = max(of_seeds + of_clips - twice, of_seeds, of_clips)
+    freedom = (of_seeds + of_clips) ** 2 / (of_seeds**2 / (seeds - 1) + of_clips**2 / (clips - 1))
+    half = float(t.ppf(0.975, freedom)) * math.sqrt(variance)
+    return float(mean) - half, float(mean) + half
 
 
 def _over_seeds(values: Sequence[float]) -> tuple[float, float]:

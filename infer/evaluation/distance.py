@@ -148,7 +148,10 @@ def _kernel_draws(made: Floats, real: Floats, paired: bool, rng: np.random.Gener
     tables = _kernels(made, real)
 
     def times(clips: int) -> Floats:
-        return rng.multinomial(clips, np.full(clips, 1 / clips)).astype(float)
+        while True:  # of few clips a draw may be one clip alone, which has no pairs
+            drawn = rng.multinomial(clips, np.full(clips, 1 / clips)).astype(float)
+            if (drawn > 0).sum() > 1:
+                return drawn
 
     def draw() -> float:
         first = times(len(made))

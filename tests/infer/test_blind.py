@@ -1,6 +1,7 @@
 """The blind page in a real browser, and the tally of what raters answer."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,23 @@ def test_a_rater_at_the_page_and_the_tally_of_what_was_seen(browser: Any, tmp_pa
     assert (found.raters, found.pairs, found.answers) == (1, 10, 10)
     assert found.rate == pytest.approx(0.75) and found.low < 0.75 < found.high
     assert found.alpha is None, "one rater agrees with nobody"
+
+
+def test_the_source_of_the_page_does_not_tell_the_sets(tmp_path: Path) -> None:
+    """Of 40 pairs, how often the clip of the first set comes first: about half of the time."""
+    path = tmp_path / "study.html"
+    key = read_key(write_page(path, pairs(40), ("red", "blue"), "Which?", seed=1))
+    data, films = (
+        json.loads(found)
+        for found in re.findall(r'<script id="\w+" type="application/json">(.*?)</script>', path.read_text())
+    )
+    places = {code: place for place, code in enumerate(films)}
+    red = {pair: {name: code for code, name in one["clips"].items()} for pair, one in key["pairs"].items()}
+    stored = [places[one["red"]] < places[one["blue"]] for one in red.values()]
+    listed = [red[one["pair"]]["red"] == one["clips"][0] for one in data["pairs"]]
+    assert 10 <= sum(stored) <= 30 and 10 <= sum(listed) <= 30
+    ids = [int(key["pairs"][one["pair"]]["id"].split("-")[1]) for one in data["pairs"]]
+    assert ids != sorted(ids)
 
 
 def test_sides_and_order_are_drawn_for_each_rater(browser: Any, tmp_path: Path) -> None:

@@ -131,6 +131,9 @@ X = ONE + '[[row]]\nname = "x"\n'
             ONE + '[[row]]\nname="x"\nstages = []\nset.router.floor = 1.0\n',
             "no stage whose keys could be set",
         ),
+        (LIKE + "set.train.seed = 3\n", "row 'x', stage 'b': train.seed is given by the ablation"),
+        (LIKE + 'grid = {"router.top_k" = []}\n', "row 'x': grid: router.top_k has no values"),
+        (LIKE.replace("x", "x|y"), "no | and no line break"),
         (ONE + 'stage = "a"\n', "row.0.stage: Extra inputs"),
     ],
 )

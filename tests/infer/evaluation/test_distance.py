@@ -120,6 +120,14 @@ def test_halves_of_one_set_are_told_to_be_alike_and_the_page_shows_their_bias() 
     assert table[2:] == shown
 
 
+@pytest.mark.parametrize("measure", [frechet, kernel])
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_least_number_of_clips_has_an_interval(measure: object, paired: bool) -> None:
+    """Of 4 clips one draw in 64 is a single clip four times."""
+    found = distance(sample(4, 5, 0), sample(4, 5, 1), measure, paired=paired)  # type: ignore[arg-type]
+    assert np.isfinite(found).all() and found.low <= found.value <= found.high
+
+
 def test_too_few_clips_are_refused() -> None:
     with pytest.raises(WanmoeError, match="needs 4 clips in each; there are 3 made and 9 real"):
         distance(sample(3, 5, 0), sample(9, 5, 1), frechet)
